@@ -1,0 +1,78 @@
+"""Who takes part in a job, and the few collectives that the rest of the code uses."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among `size`. With size 1 no process group is needed and every collective is the identity."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """(B, ...) on each rank -> (size * B, ...) on all, in rank order. No gradient. Equal shapes on all ranks. Collective."""
+        if self.size == 1:
+            return tensor
+        tensor = tensor.contiguous()
+        out = tensor.new_empty((self.size * tensor.shape[0], *tensor.shape[1:]))
+        dist.all_gather_into_tensor(out, tensor, group=self.group)
+        return out
+
+    def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        """A new tensor, reduced over the ranks. No gradient. Collective."""
+        if self.size == 1:
+            return tensor.clone()
+        out = tensor.clone()
+        dist.all_reduce(out, op=op, group=self.group)
+        return out
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over ranks. Collective."""
+        return self.all_reduce(tensor) / self.size
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if `flag` is true on at least one. Collective."""
+        return bool(self.all_reduce(torch.tensor(int(flag), device=self.device), op=dist.ReduceOp.MAX).item())
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on every rank. Small, rare things only. Collective."""
+        if self.size == 1:
+            return [value]
+        out: list[T | None] = [None] * self.size
+        dist.all_gather_object(out, value, group=self.group)
+        return cast(list[T], out)
+
+    def barrier(self) -> None:
+        """Collective."""
+        if self.size > 1:
+            dist.barrier(group=self.group)
+
+
+def current_world() -> World:
+    """The world of the default process group where one exists, else a world of one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return World(device=_local_device())
+    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=_local_device())
+
+
+def _local_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")

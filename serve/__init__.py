@@ -1,0 +1,1 @@
+"""serve: the REST API for zero-shot classification and embeddings."""
