@@ -1,7 +1,7 @@
 """The index of a shard, `X.tar.idx`: where each sample's members lie and what their bytes hash to.
 
-File layout, little-endian: 8 bytes magic, u32 version, u32 length of a JSON header, the header, the arrays (zlib, in
-the header's order), and the SHA-256 of everything before it. An index is never renewed in silence.
+File layout, little-endian: 8 bytes magic, u32 version, u32 length of a JSON header, the header, the arrays (zlib,
+in the header's order), and the SHA-256 of everything before it. An index is never renewed in silence.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class Sample(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Where a member lies. Offsets and sizes in bytes; `digest` is the head of its payload's SHA-256."""
+    """Where a member lies, in bytes; `checksum` is of its blocks, `digest` the head of its payload's SHA-256."""
 
     header_offset: int
     offset: int
     size: int
-    header_crc: int
+    checksum: int
     digest: bytes
 
 
@@ -68,7 +68,7 @@ class ShardIndex:
     header_offset: npt.NDArray[np.int64]
     offset: npt.NDArray[np.int64]
     size: npt.NDArray[np.int64]
-    header_crc: npt.NDArray[np.uint32]
+    checksum: npt.NDArray[np.uint64]
     digests: npt.NDArray[np.uint8]
     """(M, 16)"""
     damage: tuple[Damage, ...] = ()
@@ -85,7 +85,7 @@ class ShardIndex:
                 int(self.header_offset[m]),
                 int(self.offset[m]),
                 int(self.size[m]),
-                int(self.header_crc[m]),
+                int(self.checksum[m]),
                 self.digests[m].tobytes(),
             )
             out.setdefault(self.extensions[self.extension[m]], span)
@@ -141,7 +141,8 @@ class IndexBuilder:
     keys: list[str] = field(default_factory=list)
     first: list[int] = field(default_factory=list)
     extensions: dict[str, int] = field(default_factory=dict)
-    rows: list[tuple[int, int, int, int, int]] = field(default_factory=list)
+    rows: list[tuple[int, int, int, int]] = field(default_factory=list)
+    checksums: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     damage: list[Damage] = field(default_factory=list)
 
@@ -154,11 +155,12 @@ class IndexBuilder:
             self.keys.append(key)
             self.first.append(len(self.rows))
         number = self.extensions.setdefault(extension, len(self.extensions))
-        self.rows.append((number, member.header_offset, member.offset, member.size, member.header_crc))
+        self.rows.append((number, member.header_offset, member.offset, member.size))
+        self.checksums.append(member.checksum)
         self.digests.append(payload_digest(member.payload))
 
     def finish(self, tar_size: int) -> ShardIndex:
-        rows = np.array(self.rows, dtype=np.int64).reshape(-1, 5)
+        rows = np.array(self.rows, dtype=np.int64).reshape(-1, 4)
         return ShardIndex(
             tar_size=tar_size,
             keys=tuple(self.keys),
@@ -168,7 +170,7 @@ class IndexBuilder:
             header_offset=rows[:, 1].copy(),
             offset=rows[:, 2].copy(),
             size=rows[:, 3].copy(),
-            header_crc=rows[:, 4].astype(np.uint32),
+            checksum=np.array(self.checksums, dtype=np.uint64),
             digests=np.frombuffer(b"".join(self.digests), dtype=np.uint8).reshape(-1, DIGEST_BYTES),
             damage=tuple(self.damage),
         )
@@ -177,7 +179,7 @@ class IndexBuilder:
 class ShardWriter:
     """Writes samples as one shard with its index beside it; atomic, and a function of the samples alone.
 
-    `with ShardWriter(path) as writer: writer.add(sample); index = writer.commit()`. Without `commit` nothing stays.
+    `with ShardWriter(path) as writer: writer.add(sample); writer.commit()`. Without `commit` nothing stays.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -193,7 +195,7 @@ class ShardWriter:
         return len(self._builder.keys)
 
     def add(self, sample: Sample) -> None:
-        """Raises ShardError for a key that a reader would split elsewhere or that the sample before it has."""
+        """Raises ShardError for a key that readers would split elsewhere or that the sample before has."""
         builder = self._builder
         if builder.keys and builder.keys[-1] == sample.key:
             raise ShardError(f"{self._tar.path}: key {sample.key!r} comes twice; give each sample its own")
@@ -234,7 +236,7 @@ def write_shard(path: str | os.PathLike[str], samples: Iterable[Sample]) -> Shar
 
 
 def index_stream(stream: Readable, *, name: str, strict: bool = True) -> ShardIndex:
-    """Index the tar that `stream` delivers. `strict`: ShardError at the first damage; else it goes to `.damage`."""
+    """Index the tar that `stream` delivers; its damage raises ShardError, or without `strict` goes to `.damage`."""
     counted = _Counting(stream)
     builder = IndexBuilder()
     for item in walk(counted):
@@ -281,7 +283,7 @@ def save_index(index: ShardIndex, path: Path) -> None:
 
 
 def load_index(path: str | os.PathLike[str]) -> ShardIndex:
-    """Read an index, given its own path or its tar's. Raises ShardError if missing, damaged or of another version."""
+    """Read an index by its own path or its tar's. ShardError if it is missing, damaged or of another version."""
     name = os.fspath(path)
     file = Path(name) if name.endswith(".idx") else index_path(name)
     try:
@@ -318,7 +320,7 @@ def decode_index(data: bytes, *, name: str) -> ShardIndex:
         header_offset=np.cumsum(arrays["header_step"], dtype=np.int64),
         offset=np.cumsum(arrays["header_step"], dtype=np.int64) + arrays["header_size"],
         size=arrays["size"].astype(np.int64),
-        header_crc=arrays["header_crc"],
+        checksum=arrays["checksum"],
         digests=arrays["digests"].reshape(-1, DIGEST_BYTES),
         damage=tuple(Damage(*item) for item in header["damage"]),
     )
@@ -335,7 +337,7 @@ def _arrays(index: ShardIndex) -> dict[str, npt.NDArray[Any]]:
         "header_step": np.diff(index.header_offset, prepend=0).astype("<i8"),
         "header_size": (index.offset - index.header_offset).astype("<u4"),
         "size": index.size.astype("<u4"),
-        "header_crc": index.header_crc.astype("<u4"),
+        "checksum": index.checksum.astype("<u8"),
         "digests": index.digests,
     }
 
@@ -344,7 +346,7 @@ def _encode(index: ShardIndex) -> bytes:
     arrays = _arrays(index)
     # Digests and checksums are noise: packing them again costs time and saves nothing.
     packed = {
-        label: zlib.compress(array.tobytes(), 0 if label in ("digests", "header_crc") else 6)
+        label: zlib.compress(array.tobytes(), 0 if label in ("digests", "checksum") else 6)
         for label, array in arrays.items()
     }
     header = json.dumps(
