@@ -1,0 +1,387 @@
+"""DeepSpeed behind one small class: the only file that imports it. Sharding, precision, the optimizer step, shards on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import statistics
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, cast
+
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")  # read once, when deepspeed is imported
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from clipstack.config import OptimConfig, Recipe
+from clipstack.errors import ConfigError
+from clipstack.losses.types import Embeddings
+from clipstack.model import ClipModel
+from clipstack.world import World, current_world
+
+SHARDS_TAG = "deepspeed"
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+Precision = Literal["fp32", "bf16"]
+# bf16 has to win clearly, so that two equal launches decide alike.
+BF16_MIN_SPEEDUP = 1.15
+
+
+def start_distributed(*, timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
+    """Join the process group that the launcher named, or make one of a single process.
+
+    The shared-memory extension that DeepSpeed would compile on a CPU is left out: gloo serves, and a machine without a
+    compiler trains too (docs/decisions/no-compiler.md).
+    """
+    for name, value in _lonely_launch().items():
+        os.environ.setdefault(name, value)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        deepspeed.init_distributed(
+            dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False
+        )
+    return current_world()
+
+
+def _lonely_launch() -> dict[str, str]:
+    if "RANK" in os.environ:
+        return {}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def stop_distributed() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """grad_norm: of the whole averaged gradient, before clipping."""
+
+    grad_norm: float
+
+
+class Engine:
+    """A sharded model with its optimizer. Every method is collective: all ranks call it, in the same order."""
+
+    def __init__(
+        self,
+        model: ClipModel,
+        recipe: Recipe,
+        world: World,
+        *,
+        precision: Precision,
+        user_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.world = world
+        self.config = deepspeed_config(
+            recipe, world_size=world.size, precision=precision, user_config=user_config or {}
+        )
+        self.zero_stage = int(self.config["zero_optimization"]["stage"])
+        self._grad_clip_norm = recipe.optim.grad_clip_norm
+        model.to(world.device)
+        optimizer = make_optimizer(model, recipe.optim)
+        self._engine, _, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepcopy(self.config), dist_init_required=False
+        )
+        self.model = cast(ClipModel, self._engine.module)
+
+    def forward(self, images: Tensor | None, tokens: Tensor | None) -> Embeddings:
+        """Both towers in the engine's precision; see ClipModel.forward."""
+        return cast(Embeddings, self._engine(images, tokens))
+
+    def train(self) -> None:
+        self._engine.train()
+
+    def eval(self) -> None:
+        self._engine.eval()
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of the mean of the ranks' losses, averaged over ranks."""
+        self._engine.backward(loss)
+
+    def step(self, lr: float) -> StepResult:
+        """Clip, update with learning rate `lr`, clear the gradients."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        unsharded_norm = self._unsharded_grad_norm() if self.zero_stage == 0 else None
+        self._engine.step()
+        norm = unsharded_norm if unsharded_norm is not None else self._engine.get_global_grad_norm()
+        return StepResult(grad_norm=float(norm))
+
+    def _unsharded_grad_norm(self) -> Tensor:
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return cast(Tensor, torch.nn.utils.get_total_norm(grads))
+
+    def weights(self) -> dict[str, Tensor]:
+        """The towers' whole fp32 state on the CPU, as open_clip stores it; on rank 0 only at stage 3, else on all ranks."""
+        from clipstack.model import open_clip_weights
+
+        if self.zero_stage < 3:
+            return open_clip_weights(self.model.towers)
+        state = self._engine._zero3_consolidated_16bit_state_dict() or {}
+        return {
+            name.removeprefix("towers."): t.reshape(()) if name.endswith(("logit_scale", "logit_bias")) else t
+            for name, t in state.items()
+        }
+
+    def save_shards(self, folder: Path) -> None:
+        """This engine's weights, optimizer state and step, one set of files a rank."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            self._engine.save_checkpoint(str(folder), tag=SHARDS_TAG, save_latest=False)
+
+    def load_shards(self, folder: Path) -> None:
+        """What `save_shards` wrote, at the same world size and stage."""
+        self._engine.load_checkpoint(str(folder), tag=SHARDS_TAG, load_lr_scheduler_states=False)
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW over the parameters that train, in groups by weight decay and learning-rate scale."""
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    depth = _Depth(model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = (decays(name, parameter), config.layer_decay ** depth.below_output(name))
+            groups.setdefault(key, []).append(parameter)
+    if not groups:
+        raise ConfigError("model.lock_image, model.lock_text: nothing is left to train; unlock a tower")
+    return torch.optim.AdamW(
+        [
+            {"params": params, "weight_decay": config.weight_decay if decay else 0.0, "lr_scale": lr_scale}
+            for (decay, lr_scale), params in groups.items()
+        ],
+        lr=config.lr, betas=config.betas, eps=config.eps, fused=True,
+    )  # fmt: skip
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Weight decay is for matrices and filters: not for gains, biases, logit_scale, or embeddings of position."""
+    is_position = "positional_embedding" in name or "pos_embed" in name or "class_embedding" in name
+    return parameter.ndim >= 2 and not is_position
+
+
+class _Depth:
+    """How many blocks lie between a parameter and its tower's output, for layer-wise learning-rate decay.
+
+    The input layers (embeddings, patch convolution) lie below all blocks; norms and projections after them are depth 0.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._blocks: dict[str, int] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.ModuleList) and name.endswith(("resblocks", "blocks")):
+                self._blocks[name] = len(module)
+
+    def below_output(self, name: str) -> int:
+        for blocks, count in self._blocks.items():
+            if name.startswith(f"{blocks}."):
+                return count - 1 - int(name[len(blocks) + 1 :].split(".")[0])
+        is_input = any(
+            part in name
+            for part in ("conv1", "class_embedding", "pos", "token_embedding", "patch_embed", "ln_pre")
+        )
+        if not is_input or not self._blocks:
+            return 0
+        tower_blocks = [
+            n for b, n in self._blocks.items() if (".visual." in f".{b}") == (".visual." in f".{name}")
+        ]
+        return max(tower_blocks, default=0)
+
+
+def faster_precision(
+    model: ClipModel, device: torch.device, *, batch_size: int = 8, rounds: int = 5
+) -> Precision:
+    """fp32 or bf16 autocast, whichever is measured to be faster for a forward and backward pass of this model.
+
+    Flags do not tell: CPUs that list bf16 instructions can be slower with them. The medians of alternating rounds decide.
+    """
+    size = model.record.preprocess_cfg["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    images = torch.zeros(batch_size, 3, height, width, device=device)
+    tokens = torch.ones(batch_size, model.record.context_length, dtype=torch.int64, device=device)
+    seconds: dict[Precision, list[float]] = {"fp32": [], "bf16": []}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for _ in range(rounds + 1):
+            for precision, timings in seconds.items():
+                timings.append(_time_pass(model, images, tokens, precision))
+    model.zero_grad(set_to_none=True)
+    fp32, bf16 = (statistics.median(seconds[p][1:]) for p in ("fp32", "bf16"))  # the first round warms up
+    return "bf16" if fp32 / bf16 >= BF16_MIN_SPEEDUP else "fp32"
+
+
+def _time_pass(model: ClipModel, images: Tensor, tokens: Tensor, precision: Precision) -> float:
+    _wait_for(images.device)
+    start = time.perf_counter()
+    with autocast(images.device, precision):
+        embeddings = model(images, tokens)
+    (embeddings.image * embeddings.text).sum().backward()
+    _wait_for(images.device)
+    return time.perf_counter() - start
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def read_user_config(path: Path | None) -> dict[str, Any]:
+    """A DeepSpeed JSON given by the user. Raises ConfigError."""
+    if path is None:
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"--deepspeed_config {path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--deepspeed_config {path}: not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(
+            f"--deepspeed_config {path}: must hold a JSON object, not a {type(config).__name__}"
+        )
+    return config
+
+
+def deepspeed_config(
+    recipe: Recipe, *, world_size: int, precision: Precision, user_config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """DeepSpeed's whole configuration. The recipe owns batch, optimizer and schedule; the user's JSON, where given, owns
+    sharding and precision; its "auto" values are filled from the recipe. Raises ConfigError for a disagreement, by name.
+    """
+    owned = _owned_by_recipe(recipe, world_size)
+    _refuse_disagreements(user_config, owned, recipe)
+    theirs = {
+        k: v
+        for k, v in user_config.items()
+        if k not in owned and k not in ("optimizer", "scheduler", "bf16", "fp16")
+    }
+    config = {**_defaults(recipe, precision), **theirs, **owned}
+    if _enabled(user_config, "bf16"):
+        # bf16.enabled would keep the temperature itself in bf16; autocast computes the same products and keeps it in fp32.
+        config["torch_autocast"] = _autocast_table("bf16")
+    config["zero_optimization"] = {
+        **_defaults(recipe, precision)["zero_optimization"],
+        **config["zero_optimization"],
+    }
+    for key in _autos(config):
+        raise ConfigError(
+            f'--deepspeed_config: {key} = "auto": the recipe has no value for it; give one or remove the key'
+        )
+    return config
+
+
+def user_precision(user_config: Mapping[str, Any]) -> Precision | None:
+    """The precision that the user's JSON decides, or None where it leaves it open."""
+    tables = [
+        user_config[key] for key in ("torch_autocast", "bf16") if isinstance(user_config.get(key), Mapping)
+    ]
+    decided = [table["enabled"] for table in tables if table.get("enabled", "auto") != "auto"]
+    return None if not decided else "bf16" if any(decided) else "fp32"
+
+
+def _owned_by_recipe(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    share = recipe.train.batch_size // world_size
+    return {
+        "train_batch_size": recipe.train.batch_size,
+        "train_micro_batch_size_per_gpu": share,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": recipe.optim.grad_clip_norm,
+    }
+
+
+def _refuse_disagreements(user_config: Mapping[str, Any], owned: Mapping[str, Any], recipe: Recipe) -> None:
+    names = {
+        "train_batch_size": "train.batch_size",
+        "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+        "gradient_accumulation_steps": "train.micro_batch_size",
+        "gradient_clipping": "optim.grad_clip_norm",
+    }
+    for key, value in owned.items():
+        given = user_config.get(key, "auto")
+        if given not in ("auto", value):
+            raise ConfigError(
+                f'--deepspeed_config: {key} = {given!r} disagrees with the recipe\'s {value!r}; set it to "auto" and use {names[key]}'
+            )
+    optimizer = user_config.get("optimizer", {})
+    if optimizer.get("type", "AdamW").lower() not in ("adam", "adamw", "auto"):
+        raise ConfigError(
+            f"--deepspeed_config: optimizer.type = {optimizer['type']!r}: the recipe's optimizer is AdamW; remove it"
+        )
+    expected = {"lr": recipe.optim.lr, "betas": list(recipe.optim.betas), "eps": recipe.optim.eps,
+                "weight_decay": recipe.optim.weight_decay}  # fmt: skip
+    for key, value in expected.items():
+        given = optimizer.get("params", {}).get(key, "auto")
+        if given not in ("auto", value):
+            raise ConfigError(
+                f"--deepspeed_config: optimizer.params.{key} = {given!r} disagrees with the recipe's optim.{key} = {value!r}; "
+                'set it to "auto"'
+            )
+    for key, given in user_config.get("scheduler", {}).get("params", {}).items():
+        if given != "auto":
+            raise ConfigError(
+                f"--deepspeed_config: scheduler.params.{key} = {given!r}: the schedule belongs to the recipe; "
+                "remove it and use optim.schedule and optim.warmup_fraction"
+            )
+    if _enabled(user_config, "fp16"):
+        raise ConfigError(
+            "--deepspeed_config: fp16.enabled = true: fp16 would hold the temperature in fp16; use "
+            '"torch_autocast": {"enabled": true, "dtype": "bfloat16"}'
+        )
+
+
+def _enabled(user_config: Mapping[str, Any], key: str) -> bool:
+    table = user_config.get(key)
+    return isinstance(table, Mapping) and table.get("enabled") is True
+
+
+def _defaults(recipe: Recipe, precision: Precision) -> dict[str, Any]:
+    return {
+        "torch_autocast": _autocast_table(precision),
+        "zero_optimization": {
+            "stage": recipe.train.zero_stage,
+            "overlap_comm": torch.cuda.is_available() and recipe.train.zero_stage > 0,
+            # The default of 5e8 elements is a 2 GB buffer.
+            "reduce_bucket_size": 50_000_000,
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _autocast_table(precision: Precision) -> dict[str, Any]:
+    # No "safe modules": DeepSpeed sums the gradients of those in bf16.
+    return {"enabled": precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []}
+
+
+def _autos(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _autos(value, f"{prefix}{key}.")
+        elif value == "auto":
+            yield f"{prefix}{key}"
