@@ -1,0 +1,6 @@
+"""Objectives for image-text features, exact over all ranks, on one tiled engine."""
+
+from clipstack.losses.objective import Objective, build_objective
+from clipstack.losses.types import Embeddings, LossOutput
+
+__all__ = ["Embeddings", "LossOutput", "Objective", "build_objective"]
