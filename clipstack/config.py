@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails
 
 from clipstack.errors import ConfigError
-from clipstack.objective_config import ClipConfig, ObjectiveConfig
+from clipstack.objective_config import ClipObjective, ObjectiveConfig
 
 
 class Frozen(BaseModel):
@@ -223,7 +223,7 @@ class Recipe(Frozen):
     """Decides the weights at the start, the order of the data, every augmentation and dropout."""
     run: RunConfig = RunConfig()
     model: ModelConfig
-    objective: ObjectiveConfig = ClipConfig()
+    objective: ObjectiveConfig = ClipObjective()
     data: DataConfig
     train: TrainConfig
     optim: OptimConfig = OptimConfig()

@@ -1,4 +1,4 @@
-"""DeepSpeed behind one small class: the only file that imports it. Sharding, precision, the optimizer step, shards on disk."""
+"""DeepSpeed behind one small class: the only file that imports it. Sharding, precision, optimizer state."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import socket
 import statistics
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -21,15 +20,20 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")  # read once, when deepspe
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
 from torch import Tensor, nn
 
 from clipstack.config import OptimConfig, Recipe
 from clipstack.errors import ConfigError
 from clipstack.losses.types import Embeddings
-from clipstack.model import ClipModel
+from clipstack.model import ClipModel, open_clip_weights, plain_weight
 from clipstack.world import World, current_world
 
-SHARDS_TAG = "deepspeed"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 Precision = Literal["fp32", "bf16"]
 # bf16 has to win clearly, so that two equal launches decide alike.
@@ -135,26 +139,83 @@ class Engine:
         return cast(Tensor, torch.nn.utils.get_total_norm(grads))
 
     def weights(self) -> dict[str, Tensor]:
-        """The towers' whole fp32 state on the CPU, as open_clip stores it; on rank 0 only at stage 3, else on all ranks."""
-        from clipstack.model import open_clip_weights
-
+        """The towers' whole fp32 state on the CPU, as open_clip stores it. Complete on rank 0; elsewhere it may be empty."""
         if self.zero_stage < 3:
             return open_clip_weights(self.model.towers)
-        state = self._engine._zero3_consolidated_16bit_state_dict() or {}
-        return {
-            name.removeprefix("towers."): t.reshape(()) if name.endswith(("logit_scale", "logit_bias")) else t
-            for name, t in state.items()
-        }
+        gathered = self._engine._zero3_consolidated_16bit_state_dict() or {}
+        names = {name: name.removeprefix("towers.") for name in gathered}
+        return {names[name]: plain_weight(names[name], tensor) for name, tensor in gathered.items()}
 
-    def save_shards(self, folder: Path) -> None:
-        """This engine's weights, optimizer state and step, one set of files a rank."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            self._engine.save_checkpoint(str(folder), tag=SHARDS_TAG, save_latest=False)
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Put whole weights, as `weights` gives them, into every rank's parameters and fp32 masters."""
+        for name, parameter in self.model.towers.named_parameters():
+            whole = weights[name].to(self.world.device)
+            if self.zero_stage == 3:
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    if self.world.is_main:
+                        parameter.data.copy_(whole.reshape(parameter.shape))
+            else:
+                parameter.data.copy_(whole.reshape(parameter.shape))
+            if self.zero_stage > 0 and parameter.requires_grad:
+                safe_set_full_fp32_param(parameter, whole.reshape(_whole_shape(parameter)))
+        for name, buffer in self.model.towers.named_buffers():
+            if name in weights:
+                buffer.copy_(weights[name])
 
-    def load_shards(self, folder: Path) -> None:
-        """What `save_shards` wrote, at the same world size and stage."""
-        self._engine.load_checkpoint(str(folder), tag=SHARDS_TAG, load_lr_scheduler_states=False)
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """AdamW's state, whole and by parameter name, on the CPU: "exp_avg.NAME", "exp_avg_sq.NAME" and "step".
+
+        It says nothing of ranks or stages, so any world size and any stage can load it. Before the first step it is {}.
+        """
+        inner = self._inner_optimizer()
+        if not inner.state:
+            return {}
+        step = next(iter(inner.state.values()))["step"]
+        state = {"step": torch.as_tensor(step, dtype=torch.float64, device="cpu").reshape(())}
+        for name, parameter in self._trained():
+            for moment in MOMENTS:
+                whole = (
+                    inner.state[parameter][moment]
+                    if self.zero_stage == 0
+                    else safe_get_full_optimizer_state(parameter, moment)
+                )
+                if self.world.is_main:
+                    state[f"{moment}.{name}"] = whole.detach().to("cpu", copy=True)
+        return state
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        """What `optimizer_state` gave on rank 0, on every rank; {} puts the optimizer back to its start."""
+        inner = self._inner_optimizer()
+        inner.state.clear()
+        if not state:
+            return
+        for group in inner.param_groups:
+            for flat in group["params"]:
+                step = torch.tensor(float(state["step"]), dtype=torch.float32, device=flat.device)
+                inner.state[flat] = {"step": step} | {moment: torch.zeros_like(flat) for moment in MOMENTS}
+        if self.zero_stage in (1, 2):
+            # The map from parameters into the flat state is otherwise made in the first step.
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self._trained():
+            for moment in MOMENTS:
+                whole = state[f"{moment}.{name}"].to(self.world.device)
+                if self.zero_stage == 0:
+                    inner.state[parameter][moment].copy_(whole)
+                else:
+                    safe_set_full_optimizer_state(parameter, whole, moment)
+
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        return cast(
+            torch.optim.Optimizer, getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+        )
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.model.towers.named_parameters() if p.requires_grad]
+
+
+def _whole_shape(parameter: nn.Parameter) -> torch.Size:
+    return cast(torch.Size, getattr(parameter, "ds_shape", parameter.shape))
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:

@@ -226,10 +226,11 @@ def build_towers(
 
 def open_clip_weights(towers: nn.Module) -> dict[str, Tensor]:
     """The towers' state as plain open_clip stores it: contiguous CPU tensors, logit_scale and logit_bias scalars."""
-    return {name: _plain(name, tensor) for name, tensor in towers.state_dict().items()}
+    return {name: plain_weight(name, tensor) for name, tensor in towers.state_dict().items()}
 
 
-def _plain(name: str, tensor: Tensor) -> Tensor:
+def plain_weight(name: str, tensor: Tensor) -> Tensor:
+    """One tensor as plain open_clip stores it; see open_clip_weights."""
     tensor = tensor.detach().to("cpu")
     return tensor.reshape(()) if name in ("logit_scale", "logit_bias") else tensor.contiguous()
 
