@@ -1,7 +1,7 @@
 """The index of a shard, `X.tar.idx`: where each sample's members lie and what their bytes hash to.
 
-File layout, little-endian: 8 bytes magic, u32 version, u32 length of a JSON header, the header, the arrays (zlib,
-in the header's order), and the SHA-256 of everything before it. An index is never renewed in silence.
+File layout, little-endian: 8 bytes magic, u32 version, u32 length of a JSON header, the header, the arrays
+(zlib, in the header's order), and the SHA-256 of all that. An index is never renewed in silence.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Sample(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Where a member lies, in bytes; `checksum` is of its blocks, `digest` the head of its payload's SHA-256."""
+    """Where a member lies, in bytes; `checksum` is its blocks', `digest` the head of its payload's SHA-256."""
 
     header_offset: int
     offset: int
@@ -236,7 +236,7 @@ def write_shard(path: str | os.PathLike[str], samples: Iterable[Sample]) -> Shar
 
 
 def index_stream(stream: Readable, *, name: str, strict: bool = True) -> ShardIndex:
-    """Index the tar that `stream` delivers; its damage raises ShardError, or without `strict` goes to `.damage`."""
+    """Index the tar that `stream` delivers. Damage raises ShardError; without `strict` it goes to `.damage`."""
     counted = _Counting(stream)
     builder = IndexBuilder()
     for item in walk(counted):
@@ -283,7 +283,7 @@ def save_index(index: ShardIndex, path: Path) -> None:
 
 
 def load_index(path: str | os.PathLike[str]) -> ShardIndex:
-    """Read an index by its own path or its tar's. ShardError if it is missing, damaged or of another version."""
+    """Read an index by its own path or its tar's. ShardError if missing, damaged or of another version."""
     name = os.fspath(path)
     file = Path(name) if name.endswith(".idx") else index_path(name)
     try:
