@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import clipstack.torchvision_compat  # noqa: F401  isort: skip  (has to precede open_clip)
 import open_clip
 import torch
 import torch.nn.functional as F
