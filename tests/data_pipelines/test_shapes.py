@@ -1,0 +1,203 @@
+"""The procedural data set: what must never be in training, what the probes ask, reproducible bytes."""
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines import shapes
+from data_pipelines.errors import DataError
+from data_pipelines.tar import Member, walk
+
+NUM_TRAIN, NUM_TEST = 600, 60
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("shapes") / "set"
+    shapes.generate(out, num_train=NUM_TRAIN, num_test=NUM_TEST)
+    return out
+
+
+def samples(folder: Path, split: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+    found: dict[str, dict[str, bytes]] = {}
+    for tar in sorted(folder.glob(f"{split}-*.tar")):
+        with tar.open("rb") as stream:
+            for member in walk(stream):
+                assert isinstance(member, Member)
+                key, _, extension = member.name.partition(".")
+                found.setdefault(key, {})[extension] = member.payload
+    yield from found.items()
+
+
+def records(folder: Path, split: str) -> list[dict[str, Any]]:
+    return [json.loads(members["json"]) for _, members in samples(folder, split)]
+
+
+def pairs_named(caption: str) -> set[tuple[str, str]]:
+    """Every (colour, shape) that a caption names side by side, whatever the synonym."""
+    canonical = {name: shape for shape in shapes.SHAPES for name in shapes.SYNONYMS[shape]}
+    pattern = rf"\b({'|'.join(shapes.COLOURS)}) ({'|'.join(canonical)})\b"
+    return {(colour, canonical[name]) for colour, name in re.findall(pattern, caption)}
+
+
+def test_no_held_out_pair_is_in_a_training_image_or_caption(folder: Path) -> None:
+    held_out = set(shapes.HELD_OUT)
+    drawn, named = set(), set()
+    for record in records(folder, "train") + records(folder, "val"):
+        drawn |= {(thing["colour"], thing["shape"]) for thing in record["things"]}
+        named |= {pair for caption in record["captions"] for pair in pairs_named(caption)}
+    assert not drawn & held_out
+    assert not named & held_out
+    assert (
+        drawn == named == set(shapes.TRAINED)
+    )  # the check above would see a held-out pair if there were one
+
+
+def test_no_held_out_pair_is_in_thirty_thousand_scenes_of_the_default_seed() -> None:
+    drawn = {thing.pair for index in range(30_000) for thing in shapes.train_scene(0, index).things}
+    assert drawn == set(shapes.TRAINED)
+
+
+def test_every_thing_of_the_test_splits_wears_a_held_out_pair(folder: Path) -> None:
+    for split in ("test", "single"):
+        pairs = {(t["colour"], t["shape"]) for record in records(folder, split) for t in record["things"]}
+        assert pairs == set(shapes.HELD_OUT)
+
+
+def test_each_colour_and_each_shape_is_held_out_once() -> None:
+    assert sorted(colour for colour, _ in shapes.HELD_OUT) == sorted(shapes.COLOURS)
+    assert sorted(shape for _, shape in shapes.HELD_OUT) == sorted(shapes.SHAPES)
+
+
+def test_colour_swapped_captions_name_only_trained_pairs(folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "probes.jsonl").read_text().splitlines()]
+    binding = [row for row in rows if row["probe"] == "binding"]
+    assert len(binding) == NUM_TEST
+    for row in binding:
+        true, swapped = row["candidates"][row["answer"]], row["candidates"][1 - row["answer"]]
+        assert pairs_named(true) <= set(shapes.HELD_OUT)
+        assert pairs_named(swapped) <= set(shapes.TRAINED)
+        assert sorted(true.split()) == sorted(swapped.split())
+
+
+def test_the_true_candidate_of_a_probe_is_the_samples_caption_and_its_position_changes(folder: Path) -> None:
+    text = {key: members["txt"].decode() for key, members in samples(folder, "test")}
+    positions: dict[str, set[int]] = {}
+    for line in (folder / "probes.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert row["candidates"][row["answer"]] == text[row["key"]]
+        assert len(set(row["candidates"])) == len(row["candidates"])
+        positions.setdefault(row["probe"], set()).add(row["answer"])
+    assert len(positions["relation"]) == 4
+    assert len(positions["binding"]) == len(positions["order"]) == 2
+
+
+def test_test_scenes_all_differ_even_when_told_the_other_way_round() -> None:
+    scenes = shapes.test_doubles(5, 1000)
+    told = {shapes.full_caption(s) for s in scenes} | {
+        shapes.full_caption(shapes.inverted(s)) for s in scenes
+    }
+    assert len(told) == 2 * len(scenes)
+
+
+def test_more_test_scenes_than_can_differ_are_refused() -> None:
+    with pytest.raises(DataError, match="--num-test 1201: only 1200"):
+        shapes.test_doubles(0, 1201)
+    assert len(shapes.test_doubles(0, 1200)) == 1200
+
+
+def test_equal_arguments_give_equal_bytes_and_another_seed_does_not(folder: Path, tmp_path: Path) -> None:
+    shapes.generate(tmp_path / "again", num_train=NUM_TRAIN, num_test=NUM_TEST)
+    shapes.generate(tmp_path / "other", num_train=NUM_TRAIN, num_test=NUM_TEST, seed=1)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "again").iterdir())
+    for name in names:
+        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+    train, other = folder / "train-00000.tar", tmp_path / "other" / "train-00000.tar"
+    assert train.read_bytes() != other.read_bytes()
+
+
+def test_a_thing_lies_in_its_own_cell_and_shows_its_colour(folder: Path) -> None:
+    for _, members in samples(folder, "single"):
+        thing = json.loads(members["json"])["things"][0]
+        image = np.asarray(Image.open(io.BytesIO(members["png"])), dtype=float)  # (48, 48, 3)
+        distance = np.abs(image - np.median(image, axis=(0, 1))).sum(-1)
+        rows, columns = np.nonzero(distance > 60)
+        column, row = shapes.PLACES[thing["place"]]
+        assert set(columns // shapes.CELL_PX) == {column}
+        assert set(rows // shapes.CELL_PX) == {row}
+        brightest = image.reshape(-1, 3)[distance.ravel().argmax()]
+        nearest = min(shapes.COLOURS, key=lambda c: np.abs(brightest - np.array(shapes.COLOURS[c])).sum())
+        assert nearest == thing["colour"]
+
+
+@pytest.mark.parametrize("shape", shapes.SHAPES)
+def test_every_shape_and_size_covers_what_it_should(shape: str) -> None:
+    area = {  # of diameter 1, where the formula is plain
+        "circle": np.pi / 4,
+        "square": 0.9**2,
+        "triangle": 0.5 * 1.85 / 2,
+        "cross": 2 * 0.32 - 0.32**2,
+        "ring": np.pi / 4 * (1 - 0.55**2),
+    }
+    small, large = (shapes._mask(shape, diameter).sum() for diameter in shapes.SIZES.values())
+    expected = (shapes.SIZES["large"] / shapes.SIZES["small"]) ** 2
+    assert large / small == pytest.approx(expected, rel=0.06)
+    if shape in area:
+        assert large == pytest.approx(area[shape] * shapes.SIZES["large"] ** 2, rel=0.06)
+
+
+def test_relations_follow_from_the_cells() -> None:
+    for relation, (across, down) in {"left of": (-1, 0), "above": (0, -1)}.items():
+        for one, other in shapes.places_in_relation(relation):
+            (x, y), (u, v) = shapes.PLACES[one], shapes.PLACES[other]
+            assert (np.sign(x - u), np.sign(y - v)) == (across, down)
+            assert (other, one) in shapes.places_in_relation(shapes.INVERSE[relation])
+        assert len(shapes.places_in_relation(relation)) == 9
+
+
+def test_classes_and_labels_agree_with_the_pictures(folder: Path) -> None:
+    names = (folder / "classnames.txt").read_text().splitlines()
+    labels = json.loads((folder / "labels.json").read_text())
+    prompts = json.loads((folder / "prompts.json").read_text())
+    for key, members in samples(folder, "single"):
+        thing = json.loads(members["json"])["things"][0]
+        assert (
+            names[int(members["cls"])]
+            == f"{thing['colour']} {thing['shape']}"
+            == labels[key]["colour x shape"]
+        )
+        for factor, classes in prompts.items():
+            assert labels[key][factor] in classes
+
+
+def test_every_caption_is_short(folder: Path) -> None:
+    longest = max(len(c.split()) for record in records(folder, "train") for c in record["captions"])
+    assert longest + 2 <= 24  # each word is one token of the CLIP tokenizer; start and end are added
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_train": 0}, "--num-train 0"),
+        ({"num_test": -1}, "--num-test -1"),
+        ({"seed": 3, "test_seed": 3}, "--test-seed 3"),
+    ],
+)
+def test_unusable_arguments_are_named(tmp_path: Path, arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        shapes.generate(tmp_path / "x", **arguments)
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_output_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("")
+    with pytest.raises(DataError, match=f"--output {tmp_path / 'x'}"):
+        shapes.generate(tmp_path / "x", num_train=10, num_test=10)
