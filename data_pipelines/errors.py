@@ -9,6 +9,10 @@ class DataError(ClipstackError):
     """Data that cannot be used as asked."""
 
 
+class Stopped(ClipstackError):
+    """A long command was asked to stop; what is complete stays, and the same command goes on from there."""
+
+
 class ShardError(DataError):
     """A shard that is missing, damaged, or not what its index says."""
 

@@ -11,7 +11,8 @@ LINE_EVERY_S = 5.0
 
 
 class Progress:
-    """Counts `total` pieces of work on stderr: `with Progress("build", total, unit="shards") as p: p.advance()`."""
+    """Counts `total` pieces of work on stderr: `with Progress("build", total, unit="shards") as p:
+    p.advance()`."""
 
     def __init__(self, label: str, total: int, *, unit: str, stream: TextIO | None = None) -> None:
         self._label, self._total, self._unit = label, total, unit

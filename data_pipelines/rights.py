@@ -1,4 +1,5 @@
-"""Data rights: where samples come from and under what licence, and the list of those that must no longer be used.
+"""Data rights: where samples come from and under what licence, and the list of those that must no longer be
+used.
 
 A removal list is a text file with one entry per line; `#` opens a comment:
 
@@ -27,7 +28,8 @@ ALIASES = {"license": "licence", "LICENSE": "licence", "URL": "url"}
 
 _HEX = re.compile(r"[0-9a-f]{32,64}")
 _PREFIX_CHARS = 2 * DIGEST_BYTES
-"""An index keeps this many hex digits of a hash, so entries are compared by so many: 128 bits tell images apart."""
+"""An index keeps this many hex digits of a hash, so entries are compared by so many: 128 bits tell images
+apart."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class RemovalList:
     """What must not be used. Empty lists match nothing."""
 
     entries: Mapping[str, str]
-    """`sha256:` (first 32 digits), `key:` and `url:` entries in their canonical form to the line as the user wrote it."""
+    """`sha256:` (first 32 digits), `key:` and `url:` entries in their canonical form to the line as the user
+    wrote it."""
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -49,8 +52,11 @@ class RemovalList:
     def names_urls(self) -> bool:
         return any(entry.startswith("url:") for entry in self.entries)
 
-    def match(self, *, key: str | None = None, sha256: str | None = None, url: str | None = None) -> str | None:
-        """The line that asks for the removal of a sample with this `SHARD_FILE_NAME/KEY`, image hash or URL; None if none."""
+    def match(
+        self, *, key: str | None = None, sha256: str | None = None, url: str | None = None
+    ) -> str | None:
+        """The line that asks for the removal of a sample with this `SHARD_FILE_NAME/KEY`, image hash or URL;
+        None if none."""
         if key is not None and f"key:{key}" in self.entries:
             return self.entries[f"key:{key}"]
         if sha256 is not None and f"sha256:{sha256[:_PREFIX_CHARS]}" in self.entries:
@@ -64,7 +70,8 @@ EMPTY = RemovalList(entries={})
 
 
 def load_removal_list(path: str | os.PathLike[str]) -> RemovalList:
-    """Read a removal list. Raises DataError for a file that cannot be read and for a line that says nothing known.
+    """Read a removal list. Raises DataError for a file that cannot be read and for a line that says nothing
+    known.
 
     A line that would be skipped in silence is a sample that stays in use, hence no leniency.
     """
@@ -92,7 +99,9 @@ def _canonical(line: str, *, where: str) -> str:
         case "url" if value:
             return line
         case _:
-            raise DataError(f"{where}: {line[:80]!r} is none of sha256:HEX (32 digits or more), key:SHARD/KEY, url:URL")
+            raise DataError(
+                f"{where}: {line[:80]!r} is none of sha256:HEX (32 digits or more), key:SHARD/KEY, url:URL"
+            )
 
 
 def removed_samples(
@@ -116,7 +125,8 @@ def removed_samples(
 
 
 def shard_urls(tar: str | os.PathLike[str]) -> dict[str, str]:
-    """Key to URL of a local shard, from the Parquet file beside it; empty where there is none or it has no URLs."""
+    """Key to URL of a local shard, from the Parquet file beside it; empty where there is none or it has no
+    URLs."""
     file = Path(tar).with_suffix(".parquet")
     if not file.exists():
         return {}
@@ -131,7 +141,8 @@ def shard_urls(tar: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def rights_of(record: Mapping[str, Any]) -> dict[str, str]:
-    """The rights columns of a row or a JSON sidecar, other tools' spellings included; absent and empty ones left out."""
+    """The rights columns of a row or a JSON sidecar, other tools' spellings included; absent and empty ones
+    left out."""
     out: dict[str, str] = {}
     for name, value in record.items():
         column = ALIASES.get(name, name)

@@ -1,0 +1,121 @@
+"""`clipstack data ...`: finds the subcommand, imports only that one, and turns errors into exit codes and one
+line each."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from typing import NoReturn, Protocol, cast
+
+from data_pipelines.errors import ClipstackError, SampleError, ShardError, Stopped
+
+DONE, FAILED, USAGE, RESUMABLE = 0, 1, 2, 3
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "build": ("build", "make shards from images and captions"),
+    "index": ("index_cli", "index shards, so that training can read any sample of them at once"),
+    "verify": ("verify", "check shards; list what is damaged, save what can be saved"),
+    "stats": ("stats", "count, measure and show what is in shards"),
+    "filter": ("filter", "keep the samples that rules ask for"),
+    "dedup": ("dedup", "drop samples whose image or caption comes again"),
+    "reshard": ("reshard", "cut, shuffle, shrink shards anew; apply a removal list"),
+    "shapes": ("shapes", "make a small procedural data set"),
+    "order": ("order_cli", "show which samples each batch and rank gets"),
+    "replay": ("replay_cli", "show what a step of a run saw"),
+}
+"""Name to the module of this package that has `add_arguments(parser)` and `run(args) -> int`, and one line of
+help."""
+
+_EXTRAS = {
+    "polars": "data",
+    "pyarrow": "data",
+    "datasketch": "data",
+    "imagehash": "data",
+    "braceexpand": "data",
+    "py3langid": "data",
+    "webdataset": "data",
+    "torch": "train",
+}
+"""Modules that the base install lacks, and the extra that brings them."""
+
+
+class Command(Protocol):
+    """What a subcommand's module offers."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+    def run(self, args: argparse.Namespace) -> int: ...
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, with the option that was probably meant, and exits with 2."""
+
+    def parse(self, argv: list[str]) -> argparse.Namespace:
+        known, unknown = self.parse_known_args(argv)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help"
+            self.error(f"unknown argument {unknown[0]}{hint}")
+        return known
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{self.prog}: {message}\n")
+
+
+def main(argv: list[str]) -> int:
+    """Run `clipstack data ARGV` and return its exit code: 0 done, 1 failed, 2 wrong input, 3 stopped but
+    resumable."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return DONE if argv else USAGE
+    name = argv[0]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(COMMANDS)}"
+        return _fail(f"unknown command {name!r}: {hint}", USAGE)
+    try:
+        return _run(name, argv[1:])
+    except SystemExit as exit_:  # argparse's, after --help or a wrong argument
+        return exit_.code if isinstance(exit_.code, int) else USAGE
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        return _fail(f"{name} needs {error.name}: pip install 'clipstack[{extra}]'", USAGE)
+    except Stopped as error:
+        return _fail(f"{name}: {error}", RESUMABLE)
+    except (ShardError, SampleError) as error:
+        return _fail(f"{name}: {error}", FAILED)
+    except ClipstackError as error:
+        return _fail(f"{name}: {error}", USAGE)
+    except BrokenPipeError:
+        # The reader of our output has seen enough, as in `| head`; nothing more can be said to it, not even
+        # at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except KeyboardInterrupt:
+        return _fail(f"{name}: stopped", RESUMABLE)
+
+
+def _run(name: str, argv: list[str]) -> int:
+    module, help_ = COMMANDS[name]
+    command = cast(Command, importlib.import_module(f"data_pipelines.{module}"))
+    parser = OneLineParser(
+        prog=f"clipstack data {name}", description=help_[0].upper() + help_[1:] + ".", allow_abbrev=False
+    )
+    command.add_arguments(parser)
+    return command.run(parser.parse(argv))
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"clipstack data: {message}", file=sys.stderr)
+    return code
+
+
+def _overview() -> str:
+    lines = [f"  {name:<9}{help_}" for name, (_, help_) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: clipstack data COMMAND ...", "", *lines, "", "clipstack data COMMAND --help says more."]
+    )

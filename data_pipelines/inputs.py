@@ -1,0 +1,590 @@
+"""What the builder can read: image folders, class trees, tables and existing shards, each as a list of items.
+
+An item says where an image and its caption are; nothing is read until a worker asks for it, so that items are
+cheap to hand to another process and a missing file is a reject with a reason, not the end of the run.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, assert_never
+
+import polars as pl
+
+from data_pipelines.errors import DataError, SampleError
+from data_pipelines.index import Sample, ShardIndex, build_index, index_path, load_index
+from data_pipelines.rights import ALIASES, RIGHTS_COLUMNS, rights_of, rights_of_json
+from data_pipelines.table import CARRIED, foreign_columns, image_member, json_caption, read_table
+
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
+)
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+DEFAULT_TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "an image of a {}.")
+CAPTION_NAMES = ("caption", "captions", "text", "TEXT", "title", "alt_text", "description", "sentence")
+IMAGE_NAMES = (
+    "image",
+    "image_path",
+    "path",
+    "file",
+    "filepath",
+    "file_name",
+    "filename",
+    "img",
+    "jpg",
+    "png",
+)
+
+Layout = Literal["auto", "captions", "classes"]
+
+
+@dataclass(frozen=True, slots=True)
+class FileImage:
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Base64Image:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ParquetImage:
+    path: str
+    column: str
+    row_group: int
+    row: int
+    """Inside the row group."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardImage:
+    tar: str
+    position: int
+
+
+ImageRef = FileImage | Base64Image | ParquetImage | ShardImage
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One sample to be."""
+
+    origin: str
+    """For people and reports: a file, `table.csv:ROW` or `SHARD/KEY`."""
+    image: ImageRef
+    caption: str | None = None
+    caption_files: tuple[str, ...] = ()
+    """Sidecars to look into, in this order, where `caption` is None."""
+    label: int | None = None
+    key: str | None = None
+    """Kept from a shard; None: the builder numbers it."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """Values for `table.CARRIED`; from our own shards also sha256, phash and origin."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    items: Sequence[Item]
+    described: str
+    """One line for people: what was found."""
+    classnames: tuple[str, ...] = ()
+    stamp: str = ""
+    """Changes when the inputs do: names and sizes of files."""
+    files: tuple[str, ...] = ()
+    """Whose times a resumed build compares."""
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    layout: Layout = "auto"
+    templates: tuple[str, ...] = DEFAULT_TEMPLATES
+    classnames: tuple[str, ...] = ()
+    """In the order of the sorted class folders; empty: the folders' own names."""
+    image_column: str | None = None
+    caption_column: str | None = None
+    label_column: str | None = None
+    image_root: str | None = None
+    """What relative paths in a table start from; None: the table's folder."""
+    image_encoding: Literal["path", "base64"] = "path"
+    """Of text columns. Binary columns of Parquet are bytes, always."""
+
+
+def collect(paths: Sequence[str], options: InputOptions) -> Inputs:
+    """Everything under `paths`, in their order and by name inside each. Raises DataError for what cannot be
+    read at all."""
+    parts = [_collect_one(path, options) for path in paths]
+    items = [item for part in parts for item in part.items]
+    if not items:
+        raise DataError(f"{', '.join(paths)}: no images found")
+    classnames = {part.classnames for part in parts if part.classnames}
+    if len(classnames) > 1:
+        raise DataError(
+            "the class folders of the inputs differ, so their labels would not agree; build them one by one"
+        )
+    return Inputs(
+        items=items,
+        described="; ".join(part.described for part in parts),
+        classnames=next(iter(classnames), ()),
+        stamp=hashlib.sha256("\n".join(part.stamp for part in parts).encode()).hexdigest(),
+        files=tuple(file for part in parts for file in part.files),
+    )
+
+
+def _collect_one(text: str, options: InputOptions) -> Inputs:
+    path = Path(text)
+    if path.is_dir():
+        return _collect_folder(path, options)
+    if path.is_file() and path.suffix.lower() in TABLE_SUFFIXES:
+        return _collect_table(path, options)
+    if path.suffix == ".tar" or "{" in text:
+        return shard_items(expand_shards([text]))
+    if not path.exists():
+        raise DataError(f"{text}: no such file or folder{_did_you_mean(path)}")
+    raise DataError(f"{text}: not a folder, a shard (.tar) or a table ({', '.join(TABLE_SUFFIXES)})")
+
+
+def _did_you_mean(path: Path) -> str:
+    if not path.parent.is_dir():
+        return ""
+    near = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+# ---- folders -----------------------------------------------------------------------------------------------
+
+
+def _files_below(folder: Path) -> Iterator[tuple[str, int]]:
+    """(path relative to `folder` with forward slashes, size in bytes), in the order of the paths; hidden ones
+    left out."""
+    stack: list[str] = [""]
+    while stack:
+        below = stack.pop()
+        with os.scandir(folder / below) as entries:
+            found = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+        yield from ((below + e.name, e.stat().st_size) for e in found if not e.is_dir())
+        stack.extend(below + e.name + "/" for e in reversed(found) if e.is_dir())
+
+
+def _collect_folder(folder: Path, options: InputOptions) -> Inputs:
+    files = dict(_files_below(folder))
+    if any(name.endswith(".tar") for name in files):
+        return shard_items([folder / name for name in files if name.endswith(".tar")])
+    images = [name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    sidecars = {image: _sidecars(image, files) for image in images}
+    layout = options.layout
+    if layout == "auto":
+        layout = (
+            "captions" if any(sidecars.values()) or not any("/" in name for name in images) else "classes"
+        )
+    stamp = "\n".join(f"{name}\t{size}" for name, size in files.items())
+    paths = tuple(str(folder / name) for name in files)
+    match layout:
+        case "captions":
+            items = [
+                Item(
+                    origin=image,
+                    image=FileImage(str(folder / image)),
+                    caption_files=tuple(str(folder / name) for name in sidecars[image]),
+                )
+                for image in images
+            ]
+            described = (
+                f"{folder}: {len(items)} images, {sum(map(bool, sidecars.values()))} with a sidecar caption"
+            )
+            return Inputs(items, described, stamp=stamp, files=paths)
+        case "classes":
+            items, names = _class_items(folder, images, options)
+            return Inputs(
+                items, f"{folder}: {len(items)} images in {len(names)} classes", names, stamp, paths
+            )
+        case _:
+            assert_never(layout)
+
+
+def _sidecars(image: str, files: Mapping[str, int]) -> list[str]:
+    stem = image[: -len(Path(image).suffix)]
+    return [stem + suffix for suffix in (".txt", ".caption", ".json") if stem + suffix in files]
+
+
+def _class_items(
+    folder: Path, images: Sequence[str], options: InputOptions
+) -> tuple[list[Item], tuple[str, ...]]:
+    """Labels count the sorted folder names, as torchvision's ImageFolder does."""
+    images = [image for image in images if "/" in image]
+    folders = sorted({image.split("/", 1)[0] for image in images})
+    names = options.classnames or tuple(name.replace("_", " ") for name in folders)
+    if len(names) != len(folders):
+        raise DataError(f"{folder}: {len(folders)} class folders, but {len(names)} class names")
+    label = {name: i for i, name in enumerate(folders)}
+    items = []
+    for image in images:
+        number = label[image.split("/", 1)[0]]
+        items.append(
+            Item(
+                origin=image,
+                image=FileImage(str(folder / image)),
+                caption=fill_template(pick_template(options.templates, image), names[number]),
+                label=number,
+            )
+        )
+    return items, names
+
+
+def pick_template(templates: Sequence[str], name: str) -> str:
+    """One template by a hash of the image's name: spread evenly, and the same whatever else is in the
+    folder."""
+    return templates[int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % len(templates)]
+
+
+def fill_template(template: str, classname: str) -> str:
+    return template.replace("{c}", classname).replace("{}", classname)
+
+
+def read_templates(path: str) -> tuple[str, ...]:
+    """Lines of a file, each with `{}` or `{c}` where the class name goes. Raises DataError."""
+    lines = read_lines(path)
+    for line in lines:
+        if "{}" not in line and "{c}" not in line:
+            raise DataError(f"templates {path}: {line!r} has no {{}} where the class name goes")
+    return lines
+
+
+def read_lines(path: str) -> tuple[str, ...]:
+    """The lines of a text file that say something. Raises DataError."""
+    try:
+        lines = tuple(
+            line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()
+        )
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    if not lines:
+        raise DataError(f"{path}: empty")
+    return lines
+
+
+# ---- tables ------------------------------------------------------------------------------------------------
+
+
+def _collect_table(path: Path, options: InputOptions) -> Inputs:
+    schema = _table_schema(path)
+    image = _pick(path, schema, options.image_column, IMAGE_NAMES, "--image-column")
+    caption = _pick(path, schema, options.caption_column, CAPTION_NAMES, "--caption-column")
+    label = _pick(path, schema, options.label_column, (), "--label-column") if options.label_column else None
+    carried = {c: ALIASES.get(c, c) for c in schema if ALIASES.get(c, c) in (*RIGHTS_COLUMNS, "language")}
+    wanted = list(
+        dict.fromkeys(
+            (*([] if _is_bytes(schema[image]) else [image]), caption, *([label] if label else []), *carried)
+        )
+    )
+    rows = _table_rows(path, wanted)
+    reference = _image_references(path, image, schema[image], options)
+    items = [
+        Item(
+            origin=f"{path.name}:{number}",
+            image=reference(number, row),
+            caption=_caption_value(row[caption]),
+            label=None if label is None else _label_value(row[label], f"{path}, row {number}"),
+            columns={name: str(row[c]) for c, name in carried.items() if row[c] not in (None, "")},
+        )
+        for number, row in enumerate(rows.iter_rows(named=True))
+    ]
+    stamp = f"{path.name}\t{path.stat().st_size}"
+    return Inputs(
+        items,
+        f"{path}: {len(items)} rows, images in {image!r}, captions in {caption!r}",
+        stamp=stamp,
+        files=(str(path),),
+    )
+
+
+def _table_schema(path: Path) -> dict[str, pl.DataType]:
+    try:
+        return dict(_scan(path).collect_schema())
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise DataError(f"{path}: cannot be read as a table: {error}") from error
+
+
+def _scan(path: Path) -> pl.LazyFrame:
+    # Text tables are read as text: a caption such as "1984" or an author "007" must not turn into a number.
+    match path.suffix.lower():
+        case ".csv":
+            return pl.scan_csv(path, infer_schema=False)
+        case ".tsv":
+            return pl.scan_csv(path, separator="\t", infer_schema=False)
+        case ".parquet":
+            return pl.scan_parquet(path)
+        case _:
+            return pl.scan_ndjson(path, infer_schema_length=None)
+
+
+def _table_rows(path: Path, columns: Sequence[str]) -> pl.DataFrame:
+    try:
+        return _scan(path).select(columns).collect()
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise DataError(f"{path}: cannot be read as a table: {error}") from error
+
+
+def _pick(
+    path: Path, schema: Mapping[str, pl.DataType], asked: str | None, usual: Sequence[str], option: str
+) -> str:
+    if asked is not None:
+        if asked in schema:
+            return asked
+        near = difflib.get_close_matches(asked, schema, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise DataError(f"{path}: {option} {asked!r} is not among its columns {', '.join(schema)}{hint}")
+    for name in usual:
+        if name in schema:
+            return name
+    raise DataError(f"{path}: which of its columns {', '.join(schema)} is meant? Say {option} NAME")
+
+
+def _is_bytes(dtype: pl.DataType) -> bool:
+    """Binary, or the struct of bytes and path that Hugging Face's datasets write."""
+    return dtype == pl.Binary or (
+        isinstance(dtype, pl.Struct) and any(f.name == "bytes" for f in dtype.fields)
+    )
+
+
+def _image_references(
+    path: Path, column: str, dtype: pl.DataType, options: InputOptions
+) -> Callable[[int, Mapping[str, Any]], ImageRef]:
+    if _is_bytes(dtype):
+        groups = _row_groups(path)
+
+        def cell(number: int, row: Mapping[str, Any]) -> ImageRef:
+            return ParquetImage(str(path), column, *groups(number))
+
+        return cell
+    if options.image_encoding == "base64":
+        return lambda number, row: Base64Image(str(row[column] or ""))
+    root = Path(options.image_root) if options.image_root is not None else path.parent
+    return lambda number, row: FileImage(str(root / str(row[column] or "")))
+
+
+def _row_groups(path: Path) -> Callable[[int], tuple[int, int]]:
+    """Row number to (row group, row inside it)."""
+    import bisect
+
+    import pyarrow.parquet as pq
+
+    metadata = pq.ParquetFile(path).metadata
+    starts = [0]
+    for i in range(metadata.num_row_groups):
+        starts.append(starts[-1] + metadata.row_group(i).num_rows)
+
+    def locate(number: int) -> tuple[int, int]:
+        group = bisect.bisect_right(starts, number) - 1
+        return group, number - starts[group]
+
+    return locate
+
+
+def _caption_value(value: Any) -> str | None:
+    if isinstance(value, list):
+        value = next((v for v in value if v), None)
+    return None if value is None else str(value).strip() or None
+
+
+def _label_value(value: Any, where: str) -> int | None:
+    if value is None or value == "":
+        return None
+    try:
+        return int(value)
+    except ValueError as error:
+        raise DataError(f"{where}: label {value!r} is not a whole number") from error
+
+
+# ---- shards ------------------------------------------------------------------------------------------------
+
+
+def expand_shards(patterns: Sequence[str]) -> list[Path]:
+    """Local tars of paths, folders (by name) and brace patterns like `{00000..00009}.tar`. Raises DataError
+    if one is missing."""
+    from braceexpand import braceexpand
+
+    out: list[Path] = []
+    for pattern in patterns:
+        try:
+            names = list(braceexpand(pattern))
+        except ValueError as error:  # its UnbalancedBracesError
+            raise DataError(f"{pattern}: unbalanced braces") from error
+        for name in names:
+            path = Path(name)
+            if path.is_dir():
+                found = sorted(p for p in path.iterdir() if p.suffix == ".tar" and not p.name.startswith("."))
+                # Split folders, as CLIP_benchmark keeps them, stand one level below.
+                found = found or sorted(p for p in path.glob("*/*.tar") if not p.name.startswith("."))
+                if not found:
+                    raise DataError(f"{path}: no .tar in this folder")
+                out.extend(found)
+            elif path.is_file():
+                out.append(path)
+            else:
+                raise DataError(f"{path}: no such shard or folder{_did_you_mean(path)}")
+    return out
+
+
+@lru_cache(maxsize=8)
+def shard_index(tar: str) -> ShardIndex:
+    """The index beside a tar, or one made now in memory where there is none. Raises ShardError for damage."""
+    return load_index(tar) if index_path(tar).exists() else build_index(tar)
+
+
+def shard_items(tars: Sequence[Path]) -> Inputs:
+    """The samples of existing shards. Their tables' columns are carried on. Raises ShardError for a damaged
+    one."""
+    items: list[Item] = []
+    stamp: list[str] = []
+    for tar in tars:
+        index = shard_index(str(tar))
+        carried = shard_columns(tar)
+        stamp.append(f"{tar.name}\t{index.digest}")
+        items.extend(
+            Item(
+                origin=f"{tar.name}/{key}",
+                image=ShardImage(str(tar), position),
+                key=key,
+                columns=carried.get(key, {}),
+            )
+            for position, key in enumerate(index.keys)
+        )
+    described = f"{len(tars)} shards with {len(items)} samples"
+    return Inputs(items, described, stamp="\n".join(stamp), files=tuple(map(str, tars)))
+
+
+def shard_columns(tar: Path) -> dict[str, dict[str, Any]]:
+    """Key to the carried columns of a shard, from its own table or another tool's."""
+    frame = read_table(tar)
+    if frame is None:
+        return foreign_columns(tar)
+    rows = frame.select("key", *CARRIED, "sha256", "phash", "origin").iter_rows(named=True)
+    return {
+        row["key"]: {name: value for name, value in row.items() if name != "key" and value is not None}
+        for row in rows
+    }
+
+
+def read_sample(tar: str, position: int) -> Sample:
+    """One sample by the index, its bytes checked against it. Raises SampleError."""
+    index = shard_index(tar)
+    members: dict[str, bytes] = {}
+    for extension, span in index.members(position).items():
+        payload = os.pread(_descriptor(tar), span.size, span.offset)
+        if hashlib.sha256(payload).digest()[: len(span.digest)] != span.digest:
+            raise SampleError(f"the bytes of .{extension} are not those that the index knows")
+        members[extension] = payload
+    return Sample(index.keys[position], members)
+
+
+class _Descriptors:
+    """Open tars of this process, the latest few."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._open: dict[str, int] = {}
+
+    def __call__(self, tar: str) -> int:
+        if tar not in self._open:
+            if len(self._open) >= self._limit:
+                os.close(self._open.pop(next(iter(self._open))))
+            self._open[tar] = os.open(tar, os.O_RDONLY)
+        return self._open[tar]
+
+
+_descriptor = _Descriptors(limit=64)
+
+
+# ---- reading one item --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """What an item holds: the image's bytes as they came, the caption, and other members to carry on."""
+
+    image: bytes
+    caption: str | None
+    columns: Mapping[str, Any]
+    members: Mapping[str, bytes] = field(default_factory=dict)
+    """All members, for items from shards."""
+
+
+def read_item(item: Item) -> RawSample:
+    """Raises SampleError with the reason where the item cannot be used."""
+    match item.image:
+        case ShardImage(tar, position):
+            sample = read_sample(tar, position)
+            extension = image_member(sample.members)
+            if extension is None:
+                raise SampleError("no image")
+            columns = {**rights_of_json(sample.members.get("json", b"")), **item.columns}
+            return RawSample(sample.members[extension], None, columns, sample.members)
+        case FileImage(path):
+            image = _read_file(path)
+        case Base64Image(text):
+            try:
+                image = base64.b64decode(text, validate=True)
+            except (binascii.Error, ValueError) as error:
+                raise SampleError("the image is not base64") from error
+        case ParquetImage(path, column, row_group, row):
+            image = _parquet_cell(path, column, row_group, row)
+        case _:
+            assert_never(item.image)
+    caption, from_files = (item.caption, {}) if item.caption is not None else _sidecar(item.caption_files)
+    if not caption:
+        raise SampleError("no caption")
+    return RawSample(image, caption, {**item.columns, **from_files})
+
+
+def _sidecar(files: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """(caption, rights) of the sidecars: the first caption found, the rights of a .json."""
+    caption: str | None = None
+    rights: dict[str, str] = {}
+    for file in files:
+        payload = _read_file(file)
+        if file.endswith(".json"):
+            caption = caption or json_caption(payload)
+            try:
+                record = json.loads(payload)
+            except ValueError as error:
+                raise SampleError(f"{Path(file).name} is not JSON") from error
+            rights = rights_of(record) if isinstance(record, dict) else {}
+        else:
+            try:
+                caption = caption or payload.decode("utf-8-sig").strip()
+            except UnicodeDecodeError as error:
+                raise SampleError(f"{Path(file).name} is not UTF-8 text") from error
+    return caption, rights
+
+
+def _read_file(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise SampleError(f"{path} cannot be read: {reason}") from error
+
+
+def _parquet_cell(path: str, column: str, row_group: int, row: int) -> bytes:
+    value = _parquet_column(path, column, row_group)[row].as_py()
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not data:
+        raise SampleError("no image bytes")
+    return bytes(data)
+
+
+@lru_cache(maxsize=2)
+def _parquet_column(path: str, column: str, row_group: int) -> Any:
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(path).read_row_group(row_group, columns=[column])[column]
