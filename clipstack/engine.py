@@ -7,6 +7,7 @@ import os
 import socket
 import statistics
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -46,6 +47,8 @@ def start_distributed(*, timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     The shared-memory extension that DeepSpeed would compile on a CPU is left out: gloo serves, and a machine without a
     compiler trains too (docs/decisions/no-compiler.md).
     """
+    # torch's new names for its collectives; DeepSpeed still calls them by the old ones, which warn at every call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     for name, value in _lonely_launch().items():
         os.environ.setdefault(name, value)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -170,6 +173,7 @@ class Engine:
         inner = self._inner_optimizer()
         if not inner.state:
             return {}
+        self._link_flat_state()
         step = next(iter(inner.state.values()))["step"]
         state = {"step": torch.as_tensor(step, dtype=torch.float64, device="cpu").reshape(())}
         for name, parameter in self._trained():
@@ -189,14 +193,10 @@ class Engine:
         inner.state.clear()
         if not state:
             return
-        for group in inner.param_groups:
-            for flat in group["params"]:
-                step = torch.tensor(float(state["step"]), dtype=torch.float32, device=flat.device)
-                inner.state[flat] = {"step": step} | {moment: torch.zeros_like(flat) for moment in MOMENTS}
-        if self.zero_stage in (1, 2):
-            # The map from parameters into the flat state is otherwise made in the first step.
-            self._engine.optimizer._hp_optimizer_states_linked = False
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        for flat in self._flat_parameters():
+            step = torch.tensor(float(state["step"]), dtype=torch.float32, device=flat.device)
+            inner.state[flat] = {"step": step} | {moment: torch.zeros_like(flat) for moment in MOMENTS}
+        self._link_flat_state()
         for name, parameter in self._trained():
             for moment in MOMENTS:
                 whole = state[f"{moment}.{name}"].to(self.world.device)
@@ -205,10 +205,25 @@ class Engine:
                 else:
                     safe_set_full_optimizer_state(parameter, whole, moment)
 
+    def _link_flat_state(self) -> None:
+        """Map parameters into the flat state of stages 1 and 2.
+
+        DeepSpeed links once, after the first group's first step, when the other groups have no state yet.
+        """
+        if self.zero_stage in (1, 2):
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
     def _inner_optimizer(self) -> torch.optim.Optimizer:
         return cast(
             torch.optim.Optimizer, getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
         )
+
+    def _flat_parameters(self) -> list[Tensor]:
+        """What the inner optimizer's state is keyed by: this rank's flat partitions, or the parameters at stage 0."""
+        if self.zero_stage == 3:
+            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        return [flat for group in self._inner_optimizer().param_groups for flat in group["params"]]
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.model.towers.named_parameters() if p.requires_grad]

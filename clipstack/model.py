@@ -232,7 +232,7 @@ def open_clip_weights(towers: nn.Module) -> dict[str, Tensor]:
 
 def plain_weight(name: str, tensor: Tensor) -> Tensor:
     """One tensor as plain open_clip stores it; see open_clip_weights."""
-    tensor = tensor.detach().to("cpu")
+    tensor = tensor.detach().to("cpu", copy=True)  # a snapshot: training goes on in the original
     return tensor.reshape(()) if name in ("logit_scale", "logit_bias") else tensor.contiguous()
 
 

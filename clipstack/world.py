@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+# torch 2.13 renamed it; the old name warns there and the new one is missing before.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class World:
             return tensor
         tensor = tensor.contiguous()
         out = tensor.new_empty((self.size * tensor.shape[0], *tensor.shape[1:]))
-        dist.all_gather_into_tensor(out, tensor, group=self.group)
+        _all_gather(out, tensor, group=self.group)
         return out
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
