@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipelines.errors import ShardError
-from data_pipelines.tar import Damage, Member, Readable, TarWriter, walk
+from data_pipelines.tar import BLOCK, Damage, Member, Readable, TarWriter, walk
 
 MAGIC = b"CLIPTIDX"
 VERSION = 1
@@ -45,13 +45,31 @@ class Sample(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Where a member lies, in bytes; `checksum` is its blocks', `digest` the head of its payload's SHA-256."""
+    """Where a member lies, in bytes; `checksum` is its blocks', `digest` the head of its payload's
+    SHA-256."""
 
     header_offset: int
     offset: int
     size: int
     checksum: int
     digest: bytes
+
+
+class Extent(NamedTuple):
+    """Bytes [start, end) of the tar that hold a whole sample, headers and padding included."""
+
+    start: int
+    end: int
+    checksum: int
+
+
+class IndexSummary(NamedTuple):
+    """What the head of an index says without reading the rest."""
+
+    num_samples: int
+    tar_size: int
+    digest: str
+    damage: tuple[Damage, ...]
 
 
 @dataclass(frozen=True)
@@ -79,17 +97,47 @@ class ShardIndex:
 
     def members(self, sample: int) -> dict[str, Span]:
         """Extension to place, in the tar's order. Where one extension comes twice the first counts."""
+        extension, header_offset, offset, size, check, digests = self._columns
         out: dict[str, Span] = {}
-        for m in range(int(self.first_member[sample]), int(self.first_member[sample + 1])):
-            span = Span(
-                int(self.header_offset[m]),
-                int(self.offset[m]),
-                int(self.size[m]),
-                int(self.checksum[m]),
-                self.digests[m].tobytes(),
-            )
-            out.setdefault(self.extensions[self.extension[m]], span)
+        for m in range(self._firsts[sample], self._firsts[sample + 1]):
+            name = self.extensions[extension[m]]
+            if name not in out:
+                digest = digests[DIGEST_BYTES * m : DIGEST_BYTES * (m + 1)]
+                out[name] = Span(header_offset[m], offset[m], size[m], check[m], digest)
         return out
+
+    def extent(self, sample: int) -> Extent | None:
+        """All of a sample in one piece, or None where something else lies between its members."""
+        start, end, check, whole = self._extents
+        return Extent(start[sample], end[sample], check[sample]) if whole[sample] else None
+
+    @cached_property
+    def _firsts(self) -> list[int]:
+        firsts: list[int] = self.first_member.tolist()
+        return firsts
+
+    @cached_property
+    def _columns(self) -> tuple[list[int], list[int], list[int], list[int], list[int], bytes]:
+        # Lists, because taking single numbers out of arrays is what a read would spend its time on.
+        return (
+            self.extension.tolist(),
+            self.header_offset.tolist(),
+            self.offset.tolist(),
+            self.size.tolist(),
+            self.checksum.tolist(),
+            self.digests.tobytes(),
+        )
+
+    @cached_property
+    def _extents(self) -> tuple[list[int], list[int], list[int], list[bool]]:
+        if not self.keys:
+            return [], [], [], []
+        first, last = self.first_member[:-1], self.first_member[1:] - 1
+        ends = self.offset + self.size + -self.size % BLOCK
+        start, end = self.header_offset[first], ends[last]
+        check = np.add.reduceat(self.checksum, first)
+        whole = np.add.reduceat(ends - self.header_offset, first) == end - start
+        return start.tolist(), end.tolist(), check.tolist(), whole.tolist()
 
     def position(self, key: str) -> int | None:
         """Where a key stands in the shard; None if it has no such key."""
@@ -236,7 +284,8 @@ def write_shard(path: str | os.PathLike[str], samples: Iterable[Sample]) -> Shar
 
 
 def index_stream(stream: Readable, *, name: str, strict: bool = True) -> ShardIndex:
-    """Index the tar that `stream` delivers. Damage raises ShardError; without `strict` it goes to `.damage`."""
+    """Index the tar that `stream` delivers. Damage raises ShardError; without `strict` it goes to
+    `.damage`."""
     counted = _Counting(stream)
     builder = IndexBuilder()
     for item in walk(counted):
@@ -293,17 +342,41 @@ def load_index(path: str | os.PathLike[str]) -> ShardIndex:
     return decode_index(data, name=str(file))
 
 
-def decode_index(data: bytes, *, name: str) -> ShardIndex:
-    """The inverse of what `save_index` writes. Raises ShardError."""
-    remedy = f"delete it and run `clipstack data index {name.removesuffix('.idx')}`"
-    if len(data) < _PREFIX.size + 32 or data[:8] != MAGIC:
+def summarize_index(data: bytes, *, name: str) -> IndexSummary:
+    """What the head of an index says; `data` may be its first bytes only, HEAD_BYTES or more. Raises
+    ShardError.
+
+    The checksum is not looked at: that needs the whole file, which `decode_index` reads before any sample is.
+    """
+    header = _decode_header(data, name=name)
+    damage = tuple(Damage(*item) for item in header["damage"])
+    return IndexSummary(header["samples"], header["tar_size"], header["digest"], damage)
+
+
+def _decode_header(data: bytes, *, name: str) -> dict[str, Any]:
+    remedy = _remedy(name)
+    if len(data) < _PREFIX.size or data[:8] != MAGIC:
         raise ShardError(f"{name}: not an index; {remedy}")
     _, version, header_size = _PREFIX.unpack_from(data)
     if version != VERSION:
         raise ShardError(f"{name}: index version {version}, this clipstack reads {VERSION}; {remedy}")
+    try:
+        header: dict[str, Any] = json.loads(data[_PREFIX.size : _PREFIX.size + header_size])
+    except ValueError as error:
+        raise ShardError(f"{name}: the index is damaged (header); {remedy}") from error
+    return header
+
+
+def _remedy(name: str) -> str:
+    return f"delete it and run `clipstack data index {name.removesuffix('.idx')}`"
+
+
+def decode_index(data: bytes, *, name: str) -> ShardIndex:
+    """The inverse of what `save_index` writes. Raises ShardError."""
+    header = _decode_header(data, name=name)
+    header_size = _PREFIX.unpack_from(data)[2]
     if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-        raise ShardError(f"{name}: the index is damaged (checksum); {remedy}")
-    header: dict[str, Any] = json.loads(data[_PREFIX.size : _PREFIX.size + header_size])
+        raise ShardError(f"{name}: the index is damaged (checksum); {_remedy(name)}")
     arrays: dict[str, npt.NDArray[Any]] = {}
     at = _PREFIX.size + header_size
     for label, dtype, packed in header["arrays"]:

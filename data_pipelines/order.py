@@ -1,8 +1,9 @@
 """The order in which samples are used: a pure function of (shard sizes, seed, epoch), read at any position.
 
-An epoch permutes the shards, cuts them into equal lanes at sample boundaries, permutes the samples of each lane
-inside windows of a few shards, and takes from the lanes in turn. Nothing is as long as the data set: a window is drawn
-when a position in it is asked for. Positions go on through epoch after epoch, so that a batch may span two.
+An epoch permutes the shards, cuts them into equal lanes at sample boundaries, permutes the samples of each
+lane inside windows of a few shards, and takes from the lanes in turn. Nothing is as long as the data set: a
+window is drawn when a position in it is asked for. Positions go on through epoch after epoch, so that a
+batch may span two.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class SourceOrder:
     """The order of one source, without end."""
 
     def __init__(self, shard_sizes: Sequence[int] | Ids, params: OrderParams, *, stream: int = 0) -> None:
-        """`shard_sizes`: samples of each shard. `stream`: number of the source in a mixture. Raises DataError."""
+        """`shard_sizes`: samples of each shard. `stream`: number of the source in a mixture. Raises
+        DataError."""
         self._sizes = np.asarray(shard_sizes, dtype=np.int64)
         self._firsts = np.concatenate(
             ([0], np.cumsum(self._sizes))
@@ -116,7 +118,8 @@ class SourceOrder:
         return lane, offset
 
     def _window_at(self, epoch: int, lane: int, place: int) -> tuple[int, Ids]:
-        """(first place, permuted samples) of a lane's window that holds a place in the row of shuffled shards."""
+        """(first place, permuted samples) of a lane's window that holds a place in the row of shuffled
+        shards."""
         shards, starts = self._shuffled(epoch)
         lane_start, lane_end = int(self._lane_starts[lane]), int(self._lane_starts[lane + 1])
         first_shard = int(np.searchsorted(starts, lane_start, side="right")) - 1
@@ -157,14 +160,15 @@ class SourceOrder:
 class Order:
     """The order of a data set of one or more weighted sources.
 
-    With several, every run of MIXTURE_BLOCK draws holds each source in its share, in an order of its own; each source
-    is read without replacement, epoch after epoch, at its own pace.
+    With several, every run of MIXTURE_BLOCK draws holds each source in its share, in an order of its own;
+    each source is read without replacement, epoch after epoch, at its own pace.
     """
 
     def __init__(
         self, sources: Sequence[Sequence[int] | Ids], weights: Sequence[float], params: OrderParams
     ) -> None:
-        """`sources`: for each the samples of its shards. Raises DataError for an empty or too light source."""
+        """`sources`: for each the samples of its shards. Raises DataError for an empty or too light
+        source."""
         self.params = params
         self._sources = [SourceOrder(sizes, params, stream=i) for i, sizes in enumerate(sources)]
         self._bases = np.concatenate(([0], np.cumsum([source.num_samples for source in self._sources])))
@@ -205,7 +209,8 @@ class Order:
         return [float(n) / source.num_samples for n, source in zip(drawn, self._sources, strict=True)]
 
     def _draw_block(self, block: int) -> tuple[Ids, Ids]:
-        """((4096,) source of each draw, (4096,) how many draws of that source come before it in the block)."""
+        """((4096,) source of each draw, (4096,) how many draws of that source come before it in the
+        block)."""
         in_a_row = np.repeat(np.arange(len(self._quotas)), self._quotas)
         sources = in_a_row[_permutation(MIXTURE_BLOCK, "mixture", self.params.seed, block)]
         ranks = np.empty(MIXTURE_BLOCK, dtype=np.int64)

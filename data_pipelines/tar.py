@@ -50,8 +50,9 @@ class Member:
 def checksum(blocks: bytes) -> int:
     """The sum of the little-endian 64-bit words of whole blocks, modulo 2^64.
 
-    A change in one word always shows, other damage but for one case in 2^64; at 7 GB/s against SHA-256's 1.7 it
-    costs next to nothing on every read. It adds up: the checksum of a run of members is the sum of theirs.
+    A change in one word always shows, other damage but for one case in 2^64; at 7 GB/s against SHA-256's
+    1.7 it costs next to nothing on every read. It adds up: the checksum of a run of members is the sum of
+    theirs.
     """
     return int(np.frombuffer(blocks, dtype="<u8").sum(dtype=np.uint64))
 
@@ -74,9 +75,10 @@ class _Header:
 def walk(stream: Readable) -> Iterator[Member | Damage]:
     """Every regular file in order, with its payload; damage is yielded where it is met.
 
-    After a broken header the walk goes on at the next block that is a sound header. Damage is also an end mark
-    with bytes behind it (a zeroed block looks like one), a missing mark, a cut payload, and a member that must not
-    be used: a path that leaves the archive, more than MAX_MEMBER_BYTES, a name over MAX_NAME_BYTES.
+    After a broken header the walk goes on at the next block that is a sound header. Damage is also an end
+    mark with bytes behind it (a zeroed block looks like one), a missing mark, a cut payload, and a member
+    that must not be used: a path that leaves the archive, more than MAX_MEMBER_BYTES, a name over
+    MAX_NAME_BYTES.
     """
     offset = 0
     start = 0  # of the current member, its extension headers included

@@ -1,0 +1,412 @@
+"""Shards to batches: equal on all ranks, the same whatever the number of worker processes, from any
+position on."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from clipstack.config import DataConfig, SourceConfig
+from clipstack.errors import ConfigError, DataError, SampleError, ShardError
+from clipstack.preprocess import Preprocess
+from clipstack.world import World
+from data_pipelines.images import open_image
+from data_pipelines.order import Order, OrderParams, batch_ranges, rank_slice
+from data_pipelines.rights import EMPTY, load_removal_list
+from data_pipelines.stream import (
+    BadRate,
+    BadSample,
+    Drawer,
+    Drawn,
+    Manifest,
+    Quarantine,
+    Reader,
+    ReadOptions,
+    RemovedError,
+    describe_place,
+    make_manifest,
+    order_state,
+)
+
+PREFETCHED_BATCHES = 4
+"""Batches that each worker has under way."""
+
+_PR_SET_PDEATHSIG = 1
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+class Batch(NamedTuple):
+    """A rank's share of a global batch: B pairs."""
+
+    images: Tensor
+    """(B, 3, H, W) uint8; `Preprocess.normalize` makes floats of them on the device."""
+    tokens: Tensor
+    """(B, context_length) int64"""
+    sample_ids: Tensor
+    """(B, 2) int64: hash of the image's bytes, hash of the caption that is used."""
+    sample_index: Tensor
+    """(B,) int64 position in the data set."""
+    keys: list[str]
+    """SHARD_FILE_NAME/KEY"""
+    next_sample: int
+    """Where in the order the next global batch starts: the integer that a checkpoint keeps."""
+
+
+class EvalBatch(NamedTuple):
+    """B samples of an ordered pass, in the order of the shards."""
+
+    images: Tensor
+    """(B, 3, H, W) uint8; zeros where `mask` is False."""
+    captions: list[tuple[str, ...]]
+    """All captions of each sample."""
+    class_index: Tensor
+    """(B,) int64 from KEY.cls; -1 where there is none."""
+    sample_index: Tensor
+    """(B,) int64 position in the data set."""
+    mask: Tensor
+    """(B,) bool: False for what only fills the batch, and for samples that cannot be used."""
+    keys: list[str]
+
+
+class TrainLoader:
+    """The training data of one rank."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        preprocess: Preprocess,
+        batch_size: int,
+        world: World,
+        seed: int,
+        quarantine_path: Path | None,
+    ) -> None:
+        """`batch_size` is global. Raises ConfigError, DataError."""
+        if batch_size % world.size:
+            raise ConfigError(
+                f"train.batch_size = {batch_size}: not divisible by {world.size} ranks; "
+                f"take {batch_size // world.size * world.size or world.size}"
+            )
+        self._config, self._world, self._batch_size = config, world, batch_size
+        self._params = OrderParams(seed, config.lanes, config.window_shards, config.quantum)
+        self._manifest = make_manifest(train_sources(config), config.cache_dir)
+        self._order = self._manifest.order(self._params)
+        self._quarantine = Quarantine(quarantine_path)
+        self._quarantine.add(self._manifest.damage)
+        self._batches = _TrainBatches(
+            manifest=self._manifest,
+            order=self._order,
+            options=read_options(config),
+            preprocess=preprocess,
+            seed=seed,
+            rank=world.rank,
+            world_size=world.size,
+        )
+        self._workers = _Workers(self._batches, config.workers, pin_memory=world.device.type == "cuda")
+
+    @property
+    def num_samples(self) -> int:
+        """In one epoch, all sources together."""
+        return self._order.num_samples
+
+    def epochs(self, position: int) -> list[float]:
+        """How many epochs of each source lie before a position."""
+        return self._order.epochs(position)
+
+    def state(self) -> dict[str, object]:
+        """What a position depends on, JSON-able: a checkpoint keeps it beside the position."""
+        return order_state(self._manifest, self._params)
+
+    def check_state(self, state: Mapping[str, object]) -> None:
+        """Raises ConfigError naming what differs from the run that saved `state`."""
+        names = {"manifest": "data.train (its shards)", "weights": "data.train (its weights)", "seed": "seed"}
+        for name, value in self.state().items():
+            if state.get(name) != value:
+                raise ConfigError(
+                    f"{names.get(name, f'data.{name}')}: {value!r} now, {state.get(name)!r} in the checkpoint; "
+                    "the position in the data would mean other samples: put it back, or take another run.dir"
+                )
+
+    def iterate(self, start_sample: int, skip: Sequence[tuple[int, int]] = ()) -> Iterator[Batch]:
+        """Batches without end from a position of the order; positions inside windows [low, high) of `skip`
+        are left out.
+
+        A new call ends the one before. Raises DataError when too many samples are bad or a worker process
+        dies.
+        """
+        rate = BadRate(self._config.max_bad_fraction)
+        for made in self._workers.run(batch_ranges(start_sample, self._batch_size, skip)):
+            self._quarantine.add(made.bad)
+            rate.count(len(made.value.keys), made.bad)
+            yield made.value
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._workers.close()
+
+
+class EvalLoader:
+    """One ordered pass over a data set: each sample once over all ranks, every rank with as many batches."""
+
+    def __init__(
+        self,
+        paths: str | Sequence[str],
+        *,
+        config: DataConfig | None = None,
+        preprocess: Preprocess,
+        batch_size: int,
+        world: World,
+        workers: int | None = None,
+    ) -> None:
+        """`batch_size`: samples a rank. `config` says how samples are read, and the workers. Raises
+        DataError."""
+        paths = (paths,) if isinstance(paths, str) else tuple(paths)
+        config = config or DataConfig(train=paths)
+        self.manifest = make_manifest([(paths, 1.0)], config.cache_dir)
+        self.bad: list[BadSample] = list(self.manifest.damage)
+        """What could not be used, of this rank's share; known once the pass is done."""
+        self._batch_size, self._world = batch_size, world
+        self._limit = config.max_bad_fraction
+        self._workers = _Workers(
+            _EvalBatches(Reader(self.manifest, read_options(config)), preprocess),
+            config.workers if workers is None else workers,
+            pin_memory=world.device.type == "cuda",
+        )
+
+    @property
+    def num_samples(self) -> int:
+        return self.manifest.num_samples
+
+    def __len__(self) -> int:
+        """Batches that each rank gets."""
+        return -(-self.num_samples // (self._batch_size * self._world.size))
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        rate = BadRate(self._limit)
+        for made in self._workers.run(self._ranges()):
+            self.bad += made.bad
+            rate.count(len(made.value.keys), made.bad)
+            yield made.value
+        self._workers.close()
+
+    def _ranges(self) -> Iterator[Ranges]:
+        size = self._batch_size
+        for k in range(len(self)):
+            first = (k * self._world.size + self._world.rank) * size
+            yield ((first, first + size),)
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._workers.close()
+
+
+def train_sources(config: DataConfig) -> list[tuple[tuple[str, ...], float]]:
+    """(paths, weight) of each source of `data.train`; paths without weights are one source."""
+    if isinstance(config.train, str):
+        return [((config.train,), 1.0)]
+    weighted = [item for item in config.train if isinstance(item, SourceConfig)]
+    if weighted:
+        return [((source.path,), source.weight) for source in weighted]
+    return [(tuple(str(path) for path in config.train), 1.0)]
+
+
+def read_options(config: DataConfig) -> ReadOptions:
+    """Raises DataError for a removal list that cannot be read."""
+    return ReadOptions(
+        caption=config.caption,
+        max_image_pixels=config.max_image_pixels,
+        removals=EMPTY if config.removals is None else load_removal_list(config.removals),
+        cache_dir=config.cache_dir,
+    )
+
+
+class _Made(NamedTuple):
+    """What a worker hands over for one request: a batch, or the error that ends the run."""
+
+    value: Any
+    bad: list[BadSample]
+    error: DataError | None = None
+
+
+@dataclass
+class _TrainBatches(Dataset[_Made]):
+    manifest: Manifest
+    order: Order
+    options: ReadOptions
+    preprocess: Preprocess
+    seed: int
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        self._drawer = Drawer(Reader(self.manifest, self.options), seed=self.seed)
+
+    def __getitem__(self, ranges: Ranges) -> _Made:
+        try:
+            drawn = [
+                self._drawer.draw(int(epoch), int(sample), int(source))
+                for low, high in rank_slice(ranges, rank=self.rank, world_size=self.world_size)
+                for source, epoch, sample in zip(*self.order.take(low, high - low), strict=True)
+            ]
+        except DataError as error:
+            return _Made(None, [], error)
+        return _Made(self._batch(drawn, ranges[-1][1]), [bad for one in drawn for bad in one.bad])
+
+    def _batch(self, drawn: list[Drawn], next_sample: int) -> Batch:
+        return Batch(
+            images=torch.stack([self.preprocess.train_image(one.pixels, one.rng) for one in drawn]),
+            tokens=self.preprocess.tokenize([one.caption for one in drawn]),
+            sample_ids=torch.tensor([_sample_id(one) for one in drawn], dtype=torch.int64),
+            sample_index=torch.tensor([one.sample for one in drawn], dtype=torch.int64),
+            keys=[one.raw.key for one in drawn],
+            next_sample=next_sample,
+        )
+
+
+@dataclass
+class _EvalBatches(Dataset[_Made]):
+    reader: Reader
+    preprocess: Preprocess
+
+    def __getitem__(self, ranges: Ranges) -> _Made:
+        ((first, last),) = ranges
+        rows: list[tuple[Tensor, tuple[str, ...], int, bool, str]] = []
+        bad: list[BadSample] = []
+        for sample in range(first, last):
+            row = self._row(sample, bad) if sample < self.reader.manifest.num_samples else None
+            rows.append(
+                row or (torch.zeros((3, *self.preprocess.image_size), dtype=torch.uint8), (), -1, False, "")
+            )
+        images, captions, classes, mask, keys = zip(*rows, strict=True)
+        batch = EvalBatch(
+            images=torch.stack(images),
+            captions=list(captions),
+            class_index=torch.tensor(classes),
+            sample_index=torch.arange(first, last),
+            mask=torch.tensor(mask),
+            keys=list(keys),
+        )
+        return _Made(batch, bad)
+
+    def _row(
+        self, sample: int, bad: list[BadSample]
+    ) -> tuple[Tensor, tuple[str, ...], int, bool, str] | None:
+        options = self.reader.options
+        try:
+            raw = self.reader.read(sample)
+            image = open_image(raw.image, max_pixels=options.max_image_pixels)
+        except (SampleError, ShardError) as error:
+            bad.append(
+                BadSample(*describe_place(self.reader, sample), str(error), isinstance(error, RemovedError))
+            )
+            return None
+        return self.preprocess.eval_pixels(image), raw.captions, raw.class_index, True, raw.key
+
+
+class _Workers:
+    """Runs requests through torch's DataLoader: in order, ahead of time, in processes that end with this
+    one."""
+
+    def __init__(self, dataset: Dataset[_Made], workers: int, *, pin_memory: bool) -> None:
+        self._dataset, self._count, self._pin_memory = dataset, workers, pin_memory
+        self._iterator: Any = None
+
+    def run(self, requests: Iterable[Ranges]) -> Iterator[_Made]:
+        """Raises DataError that a worker met, or for its death."""
+        self.close()
+        self._iterator = self._start(requests)
+        while True:
+            try:
+                made: _Made = next(self._iterator)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "worker" not in str(error):
+                    raise
+                self.close()
+                raise DataError(
+                    f"data.workers = {self._count}: a loader process died ({str(error).splitlines()[0]}); "
+                    "most likely it was killed for want of memory: fewer workers need less"
+                ) from error
+            if made.error is not None:
+                self.close()
+                raise made.error
+            yield made
+
+    def close(self) -> None:
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None and self._count:
+            iterator._shutdown_workers()
+
+    def _start(self, requests: Iterable[Ranges]) -> Any:
+        loader = DataLoader(
+            self._dataset,
+            batch_size=None,
+            sampler=requests,
+            num_workers=self._count,
+            collate_fn=_as_it_is,
+            pin_memory=self._pin_memory,
+            prefetch_factor=PREFETCHED_BATCHES if self._count else None,
+            worker_init_fn=_WorkerStart(os.getpid(), threading.current_thread() is threading.main_thread()),
+            multiprocessing_context="fork" if self._count else None,
+        )
+        # torch's SIGCHLD handler raises wherever the main thread happens to be; a dead worker is reported
+        # here instead.
+        with _sigchld_kept():
+            return iter(loader)
+
+
+@dataclass(frozen=True)
+class _WorkerStart:
+    parent: int
+    from_main_thread: bool
+
+    def __call__(self, worker: int) -> None:
+        # The launcher signals the whole group; the trainer still needs batches to finish its step and save.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if self.from_main_thread:  # the signal is tied to the life of the thread that forked
+            ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != self.parent:
+                os._exit(1)
+
+
+@contextmanager
+def _sigchld_kept() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def _as_it_is(made: Any) -> Any:
+    return made
+
+
+def _sample_id(drawn: Drawn) -> tuple[int, int]:
+    return int.from_bytes(drawn.raw.image_digest[:8], "little", signed=True), _text_id(drawn.caption)
+
+
+@lru_cache(2**16)
+def _text_id(text: str) -> int:
+    return int.from_bytes(
+        hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:8], "little", signed=True
+    )

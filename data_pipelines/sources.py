@@ -1,0 +1,286 @@
+"""Where shards lie: local files, folders, brace patterns, globs and fsspec URLs, and how their bytes are
+read."""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from data_pipelines.errors import DataError, ShardError
+from data_pipelines.index import (
+    IndexSummary,
+    ShardIndex,
+    build_index,
+    decode_index,
+    index_path,
+    index_stream,
+    save_index,
+    summarize_index,
+)
+
+HEAD_BYTES = 2**16
+"""So much of an index is read for its summary."""
+
+REMOTE_ATTEMPTS = 4
+
+T = TypeVar("T")
+
+
+class ShardFile(Protocol):
+    """Random access to the bytes of a shard. Reads past the end come back short. Raises ShardError."""
+
+    def read(self, start: int, end: int) -> bytes: ...
+
+    def close(self) -> None: ...
+
+
+class LocalFile:
+    """A file on this machine, read by offset: safe to share between threads."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._name = os.fspath(path)
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ShardError(f"{self._name}: cannot be opened: {error.strerror}") from error
+
+    def read(self, start: int, end: int) -> bytes:
+        try:
+            return os.pread(self._fd, end - start, start)
+        except OSError as error:
+            raise ShardError(f"{self._name}: cannot be read: {error.strerror}") from error
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class RemoteFile:
+    """A file behind an fsspec URL, read by ranges."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._fs, self._path = filesystem(url)
+
+    def read(self, start: int, end: int) -> bytes:
+        data: bytes = retried(self._url, lambda: self._fs.cat_file(self._path, start=start, end=end))
+        if len(data) > end - start:
+            raise ShardError(
+                f"{self._url}: the server does not serve ranges; set data.cache_dir to fetch whole shards"
+            )
+        return data
+
+    def close(self) -> None:
+        """Nothing is held open between reads."""
+
+
+def is_pipe(source: str) -> bool:
+    return source.startswith("pipe:")
+
+
+def is_remote(source: str) -> bool:
+    return "://" in source and not source.startswith("file://")
+
+
+def shard_name(url: str) -> str:
+    """The file name of a shard, which stands before its keys."""
+    return url.split("?", 1)[0].rstrip("/").rsplit("/", 1)[-1]
+
+
+def expand(source: str) -> list[str]:
+    """The shards that a file, folder, brace pattern, glob or URL names, in a fixed order. Raises DataError
+    for none."""
+    from braceexpand import braceexpand
+
+    if is_pipe(source):
+        return [source]
+    source = source.removeprefix("file://")
+    try:
+        patterns = list(braceexpand(source)) if "{" in source else [source]
+    except ValueError as error:
+        raise DataError(f"{source}: braces do not match; write shards-{{00000..00009}}.tar") from error
+    found = [
+        shard
+        for pattern in patterns
+        for shard in (_expand_url if is_remote(pattern) else _expand_path)(pattern)
+    ]
+    if not found:
+        raise DataError(
+            f"{source}: no shards there; name a .tar file, a folder of them or a pattern that matches some"
+        )
+    return found
+
+
+def expand_all(sources: Sequence[str]) -> list[str]:
+    """`expand` of each, in a row."""
+    return [shard for source in sources for shard in expand(source)]
+
+
+def _expand_path(pattern: str) -> list[str]:
+    path = os.path.expanduser(pattern)
+    if os.path.isdir(path):
+        return sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
+    if os.path.exists(path):
+        return [path]
+    if glob.has_magic(path):
+        return sorted(match for match in glob.glob(path) if not match.endswith(".idx"))
+    raise DataError(f"{pattern}: no such file or folder")
+
+
+def _expand_url(url: str) -> list[str]:
+    if not url.endswith("/") and not glob.has_magic(url.split("?", 1)[0]):
+        return [url]
+    fs, path = filesystem(url)
+    pattern = path.rstrip("/") + "/*.tar" if url.endswith("/") else path
+    found: list[str] = retried(url, lambda: fs.glob(pattern))
+    return sorted(str(fs.unstrip_protocol(match)) for match in found)
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """(fsspec file system, path in it). Raises DataError naming what to install for an unknown protocol."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
+    except (ImportError, ValueError) as error:
+        raise DataError(f"{url}: {error}") from error
+
+
+def retried(url: str, call: Callable[[], T]) -> T:
+    """A remote call, tried again with growing pauses where the network fails it. Raises ShardError after
+    the last."""
+    for attempt in range(REMOTE_ATTEMPTS):
+        try:
+            return call()
+        except FileNotFoundError as error:
+            raise ShardError(f"{url}: no such file") from error
+        except _network_errors() as error:
+            if attempt + 1 == REMOTE_ATTEMPTS:
+                raise ShardError(
+                    f"{url}: cannot be read after {REMOTE_ATTEMPTS} attempts: {error}"
+                ) from error
+            time.sleep(0.2 * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def _network_errors() -> tuple[type[Exception], ...]:
+    try:
+        import aiohttp
+    except ImportError:
+        return (OSError,)
+    return (OSError, aiohttp.ClientError)
+
+
+def default_cache_dir() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(root) / "clipstack"
+
+
+def cached_index_path(url: str, cache_dir: Path | None) -> Path:
+    """Where the index of a shard lies whose own folder cannot be written."""
+    where = url if is_remote(url) else os.path.abspath(url)
+    digest = hashlib.sha256(where.encode()).hexdigest()[:16]
+    return (cache_dir or default_cache_dir()) / "index" / f"{digest}-{shard_name(url)}.idx"
+
+
+def find_index(url: str, cache_dir: Path | None = None) -> tuple[str, bytes] | None:
+    """(name, content) of the index of a shard: beside it, else in the cache folder; None if there is none."""
+    if is_remote(url):
+        fs, path = filesystem(url)
+        data = retried(url + ".idx", lambda: _cat_if_there(fs, path + ".idx"))
+        if data is not None:
+            return url + ".idx", data
+    for file in ([] if is_remote(url) else [index_path(url)]) + [cached_index_path(url, cache_dir)]:
+        try:
+            return str(file), file.read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ShardError(f"{file}: cannot be read: {error.strerror}") from error
+    return None
+
+
+def ensure_index(url: str, cache_dir: Path | None = None, *, strict: bool = False) -> ShardIndex:
+    """The index of a shard, made and kept if there is none. Safe for several processes at once. Raises
+    ShardError.
+
+    Without `strict` a damaged tar is indexed as far as it goes, with the damage noted in the index.
+    """
+    found = find_index(url, cache_dir)
+    if found is None:
+        with _locked(cached_index_path(url, cache_dir)):
+            found = find_index(url, cache_dir)  # another process may have made it meanwhile
+            if found is None:
+                return _make_index(url, cache_dir, strict)
+    return decode_index(found[1], name=found[0])
+
+
+def ensure_summary(url: str, cache_dir: Path | None = None) -> IndexSummary:
+    """What the head of the index of a shard says; the index is made if there is none. Raises ShardError."""
+    if not is_remote(url):
+        for path in (index_path(url), cached_index_path(url, cache_dir)):
+            if path.exists():
+                with path.open("rb") as file:
+                    head = file.read(HEAD_BYTES)
+                try:
+                    return summarize_index(head, name=str(path))
+                except ShardError:
+                    break  # a header longer than that, or damage: the full read tells
+    index = ensure_index(url, cache_dir)
+    return IndexSummary(len(index), index.tar_size, index.digest, index.damage)
+
+
+def size_bytes(url: str) -> int:
+    """Raises ShardError."""
+    if is_remote(url):
+        fs, path = filesystem(url)
+        return int(retried(url, lambda: fs.size(path)))
+    try:
+        return os.stat(url).st_size
+    except OSError as error:
+        raise ShardError(f"{url}: cannot be read: {error.strerror}") from error
+
+
+def _make_index(url: str, cache_dir: Path | None, strict: bool) -> ShardIndex:
+    if is_remote(url):
+        fs, path = filesystem(url)
+        index = retried(url, lambda: _index_remote(fs, path, url, strict))
+        save_index(index, cached_index_path(url, cache_dir))
+        return index
+    index = build_index(url, strict=strict)
+    beside = index_path(url)
+    save_index(index, beside if os.access(beside.parent, os.W_OK) else cached_index_path(url, cache_dir))
+    return index
+
+
+def _index_remote(fs: Any, path: str, url: str, strict: bool) -> ShardIndex:
+    with fs.open(path, "rb", block_size=4 * 2**20) as stream:
+        return index_stream(stream, name=url, strict=strict)
+
+
+def _cat_if_there(fs: Any, path: str) -> bytes | None:
+    try:
+        return bytes(fs.cat_file(path))
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time, on this machine, for one path. Raises DataError where the folder cannot be
+    written."""
+    lock = path.with_name(path.name + ".lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        handle = lock.open("w")
+    except OSError as error:
+        raise DataError(f"data.cache_dir = {lock.parent}: cannot be written: {error.strerror}") from error
+    with handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

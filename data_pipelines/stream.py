@@ -1,0 +1,524 @@
+"""Samples by their place in the order: read by offset, checked against the index, replaced where they
+cannot be used."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipelines.errors import DataError, SampleError, ShardError
+from data_pipelines.images import MAX_IMAGE_PIXELS, Pixels, decode
+from data_pipelines.index import IMAGE_EXTENSIONS, ShardIndex, Span, decode_index
+from data_pipelines.order import Order, OrderParams, sample_seed
+from data_pipelines.rights import EMPTY, RemovalList, removed_samples, rights_of_json, shard_urls
+from data_pipelines.sources import (
+    LocalFile,
+    RemoteFile,
+    ShardFile,
+    ensure_index,
+    ensure_summary,
+    expand_all,
+    find_index,
+    is_pipe,
+    is_remote,
+    shard_name,
+    size_bytes,
+)
+from data_pipelines.tar import checksum
+
+MAX_OPEN_SHARDS = 128
+SUBSTITUTES_IN_SHARD = 8
+SUBSTITUTES = 64
+MIN_DRAWS_FOR_RATE = 1000
+"""The rate of bad samples is taken over at least so many draws: the first bad one must not end a run."""
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One line of a manifest."""
+
+    url: str
+    name: str
+    num_samples: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Shards that are drawn from together."""
+
+    shards: tuple[ShardEntry, ...]
+    weight: float = 1.0
+
+
+class BadSample(NamedTuple):
+    """A line of quarantine.jsonl. `key` is None where a shard is damaged and nobody knows which keys it
+    held."""
+
+    shard: str
+    key: str | None
+    reason: str
+    removed: bool = False
+    """Left out because a removal list says so, not because it is broken."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All shards of a data set, in a fixed order, with the number of samples of each."""
+
+    sources: tuple[Source, ...]
+    damage: tuple[BadSample, ...] = ()
+    """What is known to be broken before any sample is read."""
+
+    @cached_property
+    def shards(self) -> tuple[ShardEntry, ...]:
+        return tuple(shard for source in self.sources for shard in source.shards)
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.num_samples for shard in self.shards)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the names and contents of the shards; where they lie does not matter."""
+        listed = [[[shard.name, shard.digest] for shard in source.shards] for source in self.sources]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+    def order(self, params: OrderParams) -> Order:
+        sizes = [[shard.num_samples for shard in source.shards] for source in self.sources]
+        return Order(sizes, [source.weight for source in self.sources], params)
+
+
+class RawSample(NamedTuple):
+    """A sample as it is stored."""
+
+    key: str
+    """SHARD_FILE_NAME/KEY"""
+    image: bytes
+    image_digest: bytes
+    captions: tuple[str, ...]
+    class_index: int
+    """From KEY.cls; -1 where there is none."""
+
+
+class Drawn(NamedTuple):
+    """A usable sample at a position of the order."""
+
+    sample: int
+    """Position in the data set of the sample that is used."""
+    raw: RawSample
+    pixels: Pixels
+    caption: str
+    rng: random.Random
+    """For augmentation: the same whenever this sample is drawn in this epoch."""
+    bad: tuple[BadSample, ...]
+    """What stood here first and could not be used."""
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How stored samples are read. `caption`: the member's ending, or a field of KEY.json."""
+
+    caption: str = "txt"
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    removals: RemovalList = EMPTY
+    cache_dir: Path | None = None
+
+
+def make_manifest(sources: Sequence[tuple[Sequence[str], float]], cache_dir: Path | None = None) -> Manifest:
+    """Find and index the shards of each (paths, weight). Missing indexes are made. Raises DataError,
+    ShardError."""
+    entries = []
+    damage: list[BadSample] = []
+    for paths, weight in sources:
+        urls = expand_all(paths)
+        if pipes := [url for url in urls if is_pipe(url)]:
+            raise DataError(f"{pipes[0]}: a pipe has no index; only data.train can be one, and alone")
+        # Summaries are small reads: many at once where each is a round trip, in turn where they come from
+        # a disk.
+        workers = 16 if any(is_remote(url) for url in urls) else 1
+        with ThreadPoolExecutor(workers) as pool:
+            found = list(pool.map(lambda url: _entry(url, cache_dir), urls))
+        entries.append(Source(tuple(entry for entry, _ in found), weight))
+        damage += [bad for _, bads in found for bad in bads]
+    manifest = Manifest(tuple(entries), tuple(damage))
+    if not manifest.num_samples:
+        raise DataError(f"{', '.join(p for paths, _ in sources for p in paths)}: the shards hold no samples")
+    return manifest
+
+
+def _entry(url: str, cache_dir: Path | None) -> tuple[ShardEntry, list[BadSample]]:
+    summary = ensure_summary(url, cache_dir)
+    name = shard_name(url)
+    damage = [BadSample(name, None, f"byte {item.offset}: {item.reason}") for item in summary.damage]
+    size = size_bytes(url)
+    if size != summary.tar_size:
+        damage.append(BadSample(name, None, f"{size} bytes, the index was made of {summary.tar_size}"))
+    return ShardEntry(url, name, summary.num_samples, summary.digest), damage
+
+
+class Reader:
+    """Reads stored samples of a manifest. Opens shards when they are first needed; pickles without them."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        options: ReadOptions,
+        *,
+        open_file: Callable[[ShardEntry], ShardFile] | None = None,
+        max_open: int = MAX_OPEN_SHARDS,
+    ) -> None:
+        self.manifest = manifest
+        self.options = options
+        self._open_file = open_file or open_shard
+        self._max_open = max_open
+        self._firsts = np.concatenate(([0], np.cumsum([shard.num_samples for shard in manifest.shards])))
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """(shard, position in it) of a position in the data set."""
+        shard = int(self._firsts.searchsorted(sample, side="right")) - 1
+        return shard, sample - int(self._firsts[shard])
+
+    def first_of(self, shard: int) -> int:
+        """Position in the data set of the first sample of a shard."""
+        return int(self._firsts[shard])
+
+    def key(self, sample: int) -> str:
+        """SHARD_FILE_NAME/KEY. Raises ShardError."""
+        shard, position = self.locate(sample)
+        entry = self.manifest.shards[shard]
+        return f"{entry.name}/{self._index(shard).keys[position]}"
+
+    def read(self, sample: int) -> RawSample:
+        """Raises SampleError if it cannot be used as it is stored, RemovedError if it must not be,
+        ShardError."""
+        shard, position = self.locate(sample)
+        entry = self.manifest.shards[shard]
+        opened = self._opened(shard)
+        if position in opened.removed:
+            raise RemovedError(f"removed: {opened.removed[position]}")
+        members = opened.index.members(position)
+        image_extension = next((ext for ext in IMAGE_EXTENSIONS if ext in members), None)
+        if image_extension is None:
+            raise SampleError(f"no image among its members ({', '.join(members)})")
+        payloads = _read_members(opened, position, members)
+        self._refuse_removed_url(payloads)
+        return RawSample(
+            key=f"{entry.name}/{opened.index.keys[position]}",
+            image=payloads[image_extension],
+            image_digest=members[image_extension].digest,
+            captions=_captions(payloads, self.options.caption),
+            class_index=_class_index(payloads),
+        )
+
+    def members(self, sample: int) -> dict[str, bytes]:
+        """Every member of a sample, checked against the index. Raises SampleError, ShardError."""
+        shard, position = self.locate(sample)
+        opened = self._opened(shard)
+        return _read_members(opened, position, opened.index.members(position))
+
+    def close(self) -> None:
+        for opened in self._open.values():
+            opened.close()
+        self._open.clear()
+
+    def _index(self, shard: int) -> ShardIndex:
+        return self._opened(shard).index
+
+    def _opened(self, shard: int) -> _OpenShard:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        while len(self._open) >= self._max_open:
+            self._open.popitem(last=False)[1].close()
+        entry = self.manifest.shards[shard]
+        index = _index_of(entry, self.options.cache_dir)
+        removed: dict[int, str] = {}
+        if self.options.removals:
+            urls = None if is_remote(entry.url) else shard_urls(entry.url)
+            removed = removed_samples(self.options.removals, index, shard_name=entry.name, urls=urls)
+        self._open[shard] = _OpenShard(index, removed, lambda: self._open_file(entry))
+        return self._open[shard]
+
+    def _refuse_removed_url(self, payloads: Mapping[str, bytes]) -> None:
+        # Shards of other tools carry the URL in KEY.json and have no Parquet file beside them.
+        if self.options.removals.names_urls and "json" in payloads:
+            line = self.options.removals.match(url=rights_of_json(payloads["json"]).get("url"))
+            if line is not None:
+                raise RemovedError(f"removed: {line}")
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+
+class RemovedError(SampleError):
+    """The sample stands on a removal list."""
+
+
+class _OpenShard:
+    """An index, and the file behind it once bytes are asked for."""
+
+    def __init__(
+        self, index: ShardIndex, removed: dict[int, str], open_file: Callable[[], ShardFile]
+    ) -> None:
+        self.index = index
+        self.removed = removed
+        self._open_file = open_file
+        self._file: ShardFile | None = None
+
+    def read(self, start: int, end: int) -> bytes:
+        if self._file is None:
+            self._file = self._open_file()
+        data = self._file.read(start, end)
+        if len(data) < end - start:
+            raise SampleError(f"the shard ends at byte {start + len(data)}, inside this sample")
+        return data
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def open_shard(entry: ShardEntry) -> ShardFile:
+    """The file of a shard where it lies. Raises ShardError."""
+    return RemoteFile(entry.url) if is_remote(entry.url) else LocalFile(entry.url)
+
+
+def _index_of(entry: ShardEntry, cache_dir: Path | None) -> ShardIndex:
+    found = find_index(entry.url, cache_dir)
+    index = ensure_index(entry.url, cache_dir) if found is None else decode_index(found[1], name=found[0])
+    if index.digest != entry.digest:
+        raise ShardError(
+            f"{entry.url}: its index changed while it was in use; do not rebuild shards under a run"
+        )
+    return index
+
+
+def _read_members(opened: _OpenShard, position: int, members: Mapping[str, Span]) -> dict[str, bytes]:
+    extent = opened.index.extent(position)
+    if extent is None:
+        return {ext: _read_member(opened, ext, span) for ext, span in members.items()}
+    data = opened.read(extent.start, extent.end)
+    if checksum(data) != extent.checksum:
+        raise SampleError("its bytes are not those that the index was made of")
+    start = extent.start
+    return {ext: data[span.offset - start : span.offset - start + span.size] for ext, span in members.items()}
+
+
+def _read_member(opened: _OpenShard, extension: str, span: Span) -> bytes:
+    data = opened.read(span.header_offset, span.offset + span.size + -span.size % 512)
+    if checksum(data) != span.checksum:
+        raise SampleError(f"the bytes of its .{extension} are not those that the index was made of")
+    start = span.offset - span.header_offset
+    return data[start : start + span.size]
+
+
+def _captions(payloads: Mapping[str, bytes], wanted: str) -> tuple[str, ...]:
+    """All captions of a sample; training picks one, evaluation takes the first. Raises SampleError for
+    none."""
+    found = _stored_captions(payloads, wanted)
+    if not found or not all(caption.strip() for caption in found):
+        raise SampleError(
+            f"no caption: neither .{wanted} nor a field of .json gives one" if not found else "empty caption"
+        )
+    return found
+
+
+def _stored_captions(payloads: Mapping[str, bytes], wanted: str) -> tuple[str, ...]:
+    stored = payloads.get("json", b"")
+    # Parsing JSON costs more than reading the sample, so it is done only where it can matter.
+    several = b'"captions"' in stored
+    if wanted in payloads and not several:
+        return (_text(payloads[wanted], wanted),)
+    if stored:
+        record = _json_object(stored)
+        names = ("captions", "caption") if wanted == "txt" else (wanted, "captions")
+        for name in names:
+            match record.get(name):
+                case str(caption):
+                    return (caption,)
+                case list(captions) if captions and all(isinstance(item, str) for item in captions):
+                    return tuple(captions)
+    return (_text(payloads[wanted], wanted),) if wanted in payloads else ()
+
+
+def _json_object(data: bytes) -> dict[str, object]:
+    try:
+        record = json.loads(data)
+    except ValueError as error:
+        raise SampleError(f".json cannot be read: {error}") from error
+    if not isinstance(record, dict):
+        raise SampleError(".json is no object")
+    return record
+
+
+def _text(data: bytes, extension: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SampleError(f".{extension} is not UTF-8 text") from error
+
+
+def _class_index(payloads: Mapping[str, bytes]) -> int:
+    if "cls" not in payloads:
+        return -1
+    try:
+        return int(payloads["cls"])
+    except ValueError as error:
+        raise SampleError(f".cls is no class index: {payloads['cls'][:20]!r}") from error
+
+
+class Drawer:
+    """What stands at (epoch, sample) of the order, with a bad sample replaced, always by the same one."""
+
+    def __init__(self, reader: Reader, *, seed: int) -> None:
+        self.reader = reader
+        self._seed = seed
+
+    def draw(self, epoch: int, sample: int, source: int = 0) -> Drawn:
+        """Raises DataError if nothing usable is found in SUBSTITUTES attempts."""
+        bad: list[BadSample] = []
+        for candidate in self._candidates(epoch, sample, source):
+            rng = random.Random(sample_seed(self._seed, epoch, candidate))
+            try:
+                raw = self.reader.read(candidate)
+                pixels = decode(raw.image, max_pixels=self.reader.options.max_image_pixels)
+            except (SampleError, ShardError) as error:
+                bad.append(self._describe(candidate, error))
+                continue
+            caption = raw.captions[int(rng.random() * len(raw.captions))]
+            return Drawn(candidate, raw, pixels, caption, rng, tuple(bad))
+        raise DataError(
+            f"{bad[0].shard}/{bad[0].key}: {bad[0].reason}; no usable sample was found in its place "
+            f"in {len(bad)} attempts: run `clipstack data verify`"
+        )
+
+    def _candidates(self, epoch: int, sample: int, source: int) -> Iterator[int]:
+        """The sample itself, then others drawn from its shard, then from its source."""
+        yield sample
+        shard, _ = self.reader.locate(sample)
+        rng = random.Random(sample_seed(self._seed, epoch, -1 - sample))
+        first, size = self.reader.first_of(shard), self.reader.manifest.shards[shard].num_samples
+        for _ in range(SUBSTITUTES_IN_SHARD):
+            yield first + int(rng.random() * size)
+        low, high = self._bounds(source)
+        for _ in range(SUBSTITUTES - SUBSTITUTES_IN_SHARD):
+            yield low + int(rng.random() * (high - low))
+
+    def _bounds(self, source: int) -> tuple[int, int]:
+        shards = [len(one.shards) for one in self.reader.manifest.sources]
+        first = sum(shards[:source])
+        return self.reader.first_of(first), self.reader.first_of(first + shards[source])
+
+    def _describe(self, sample: int, error: SampleError | ShardError) -> BadSample:
+        shard, key = describe_place(self.reader, sample)
+        return BadSample(shard, key, str(error), removed=isinstance(error, RemovedError))
+
+
+def describe_place(reader: Reader, sample: int) -> tuple[str, str]:
+    """(shard file name, key) of a sample; where even the index cannot be read the key is its position, as
+    `#12`."""
+    shard, position = reader.locate(sample)
+    name = reader.manifest.shards[shard].name
+    try:
+        return name, reader.key(sample).removeprefix(name + "/")
+    except ShardError:
+        return name, f"#{position}"
+
+
+@dataclass
+class BadRate:
+    """Counts draws and bad ones, and stops a run that has too many."""
+
+    limit: float
+    draws: int = 0
+    bad: int = 0
+    last: BadSample | None = field(default=None, repr=False)
+
+    def count(self, draws: int, bad: Iterable[BadSample]) -> None:
+        """Raises DataError above the limit. Removed samples are not bad."""
+        self.draws += draws
+        for sample in bad:
+            if not sample.removed:
+                self.bad += 1
+                self.last = sample
+        if self.last is not None and self.bad > self.limit * max(self.draws, MIN_DRAWS_FOR_RATE):
+            raise DataError(
+                f"data.max_bad_fraction = {self.limit}: {self.bad} of {self.draws} samples could not be used, "
+                f"the last {self.last.shard}/{self.last.key} ({self.last.reason}); see quarantine.jsonl, "
+                "or run `clipstack data verify` on the shards"
+            )
+
+
+class Quarantine:
+    """quarantine.jsonl: each bad sample once, whatever the ranks, epochs and restarts that meet it."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._seen: set[tuple[str, str | None, str]] = set()
+        self._read_to = 0
+
+    def add(self, samples: Iterable[BadSample]) -> None:
+        """Append those that are not there yet. Safe for several processes. Raises DataError."""
+        new = [sample for sample in samples if _identity(sample) not in self._seen]
+        if not new or self._path is None:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                self._catch_up(file.fileno())
+                lines = [_line(sample) for sample in new if not self._known(sample)]
+                file.write(b"".join(lines))
+        except OSError as error:
+            raise DataError(f"{self._path}: cannot be written: {error.strerror}") from error
+
+    def _known(self, sample: BadSample) -> bool:
+        known = _identity(sample) in self._seen
+        self._seen.add(_identity(sample))
+        return known
+
+    def _catch_up(self, fd: int) -> None:
+        """Learn what other processes, or a run before this one, have written."""
+        data = os.pread(fd, os.fstat(fd).st_size - self._read_to, self._read_to)
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):  # a torn last line of a run that was killed
+            os.ftruncate(fd, self._read_to + len(whole))
+        self._read_to += len(whole)
+        for line in whole.splitlines():
+            record = json.loads(line)
+            self._seen.add(
+                (record["shard"], record["key"], record["reason"] if record["key"] is None else "")
+            )
+
+
+def _identity(sample: BadSample) -> tuple[str, str | None, str]:
+    # Several damages of one shard have no key to tell them apart.
+    return sample.shard, sample.key, sample.reason if sample.key is None else ""
+
+
+def _line(sample: BadSample) -> bytes:
+    return (json.dumps(sample._asdict(), ensure_ascii=False) + "\n").encode()
+
+
+def order_state(manifest: Manifest, params: OrderParams) -> dict[str, object]:
+    """What must stay the same for a position to mean the same sample: JSON-able."""
+    return {
+        "manifest": manifest.digest,
+        "weights": [source.weight for source in manifest.sources],
+        **asdict(params),
+    }
