@@ -21,10 +21,13 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")  # read once, when deepspe
 import deepspeed
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 
@@ -139,7 +142,7 @@ class Engine:
 
     def _unsharded_grad_norm(self) -> Tensor:
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return cast(Tensor, torch.nn.utils.get_total_norm(grads))
+        return torch.nn.utils.get_total_norm(grads)
 
     def weights(self) -> dict[str, Tensor]:
         """The towers' whole fp32 state on the CPU, as open_clip stores it. Complete on rank 0; elsewhere it may be empty."""
@@ -160,7 +163,7 @@ class Engine:
             else:
                 parameter.data.copy_(whole.reshape(parameter.shape))
             if self.zero_stage > 0 and parameter.requires_grad:
-                safe_set_full_fp32_param(parameter, whole.reshape(_whole_shape(parameter)))
+                self._set_master(parameter, whole)
         for name, buffer in self.model.towers.named_buffers():
             if name in weights:
                 buffer.copy_(weights[name])
@@ -203,7 +206,7 @@ class Engine:
                 if self.zero_stage == 0:
                     inner.state[parameter][moment].copy_(whole)
                 else:
-                    safe_set_full_optimizer_state(parameter, whole, moment)
+                    self._set_moment(parameter, whole, moment)
 
     def _link_flat_state(self) -> None:
         """Map parameters into the flat state of stages 1 and 2.
@@ -219,6 +222,25 @@ class Engine:
             torch.optim.Optimizer, getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
         )
 
+    def _set_master(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        if self.zero_stage == 3:
+            safe_set_local_fp32_param(parameter, self._own_part(parameter, whole))
+        else:
+            safe_set_full_fp32_param(parameter, whole.reshape(parameter.shape))
+
+    def _set_moment(self, parameter: nn.Parameter, whole: Tensor, moment: str) -> None:
+        if self.zero_stage == 3:
+            safe_set_local_optimizer_state(parameter, self._own_part(parameter, whole), moment)
+        else:
+            safe_set_full_optimizer_state(parameter, whole.reshape(parameter.shape), moment)
+
+    def _own_part(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        """This rank's part at stage 3, padding included: DeepSpeed's call for whole values cannot pad."""
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        return F.pad(whole.flatten(), (0, size * self.world.size - whole.numel())).narrow(
+            0, size * self.world.rank, size
+        )
+
     def _flat_parameters(self) -> list[Tensor]:
         """What the inner optimizer's state is keyed by: this rank's flat partitions, or the parameters at stage 0."""
         if self.zero_stage == 3:
@@ -227,10 +249,6 @@ class Engine:
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.model.towers.named_parameters() if p.requires_grad]
-
-
-def _whole_shape(parameter: nn.Parameter) -> torch.Size:
-    return cast(torch.Size, getattr(parameter, "ds_shape", parameter.shape))
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:

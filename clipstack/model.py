@@ -56,7 +56,7 @@ class ClipModel(nn.Module):
 
     def __init__(self, towers: nn.Module, record: ModelRecord, *, max_logit_scale: float) -> None:
         super().__init__()
-        self.towers = towers
+        self.towers: Any = towers  # nn.Module types every attribute as a tensor or module
         self.record = record
         self.max_logit_scale = max_logit_scale
         self._text_can_be_trimmed = _is_causal_and_pooled_at_end(towers)
@@ -113,7 +113,7 @@ class _BoundFromAbove(torch.autograd.Function):
         return x.clamp(max=bound)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         return grad * ((x <= ctx.bound) | (grad > 0)), None
 

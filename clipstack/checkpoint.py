@@ -1,0 +1,395 @@
+"""Training state on disk, exported models, and reading any model back.
+
+A checkpoint says nothing of ranks or ZeRO stages: whole weights, whole optimizer state by parameter name. Its folder is
+also a folder that open_clip loads. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import clipstack.torchvision_compat  # noqa: F401  isort: skip  (has to precede open_clip)
+import open_clip
+
+from clipstack.errors import CheckpointError, ConfigError
+from clipstack.files import sha256_of, whole_folder, write_text
+from clipstack.model import (
+    ClipModel,
+    ModelRecord,
+    build_towers,
+    load_open_clip_weights,
+    named_pretrained,
+    named_tables,
+    open_clip_weights,
+    record_of_tables,
+)
+from clipstack.preprocess import Preprocess
+
+FORMAT = 1
+CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
+RECORD_FILE, STATE_FILE, MANIFEST_FILE, RECIPE_FILE = (
+    "clipstack.json",
+    "state.json",
+    "manifest.json",
+    "recipe.toml",
+)
+OPTIMIZER_FILE, AVERAGE_FILE = "optimizer.safetensors", "ema.safetensors"
+DEFAULT_MAX_LOGIT_SCALE = 4.605170185988092  # ln 100
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that training needs to go on as if it had never stopped."""
+
+    step: int
+    samples_seen: int
+    """Position in the order of the data: samples consumed by optimizer steps, and skipped windows."""
+    record: ModelRecord
+    max_logit_scale: float
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    objective: tuple[Mapping[str, Tensor], ...]
+    """The objective's state, one table a rank."""
+    order: Mapping[str, Any]
+    """What decides the order of the data, manifest hash included."""
+    recipe_toml: str
+    average: Mapping[str, Tensor] | None = None
+    """The moving average of the weights, if the recipe asks for one."""
+    progress: Mapping[str, Any] = field(default_factory=dict)
+    """Small values of the loop: events of the divergence guard, best metric, smoothing."""
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def save_snapshot(folder: Path, snapshot: Snapshot) -> Path:
+    """Write FOLDER/step-XXXXXXXX, complete or not at all, then name it in FOLDER/latest. One process calls it.
+
+    Raises CheckpointError where the disk refuses; what was there before is untouched.
+    """
+    path = folder / checkpoint_name(snapshot.step)
+    try:
+        with whole_folder(path) as beside:
+            _write_snapshot(beside, snapshot)
+            _write_manifest(beside, snapshot.step)
+        write_text(folder / "latest", path.name + "\n")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: could not be saved ({error}); the checkpoints before it are untouched"
+        ) from error
+    return path
+
+
+def _write_snapshot(folder: Path, snapshot: Snapshot) -> None:
+    save_file(dict(snapshot.weights), folder / WEIGHTS_FILE)
+    save_file(dict(snapshot.optimizer), folder / OPTIMIZER_FILE)
+    if snapshot.average is not None:
+        save_file(dict(snapshot.average), folder / AVERAGE_FILE)
+    for rank, state in enumerate(snapshot.objective):
+        save_file(
+            {name: tensor.contiguous() for name, tensor in state.items()}, folder / _objective_file(rank)
+        )
+    (folder / CONFIG_FILE).write_text(snapshot.record.to_json() + "\n", encoding="utf-8")
+    (folder / RECIPE_FILE).write_text(snapshot.recipe_toml, encoding="utf-8")
+    state = {
+        "format": FORMAT,
+        "step": snapshot.step,
+        "samples_seen": snapshot.samples_seen,
+        "world_size": len(snapshot.objective),
+        "max_logit_scale": snapshot.max_logit_scale,
+        "order": dict(snapshot.order),
+        "progress": dict(snapshot.progress),
+    }
+    (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+
+def _objective_file(rank: int) -> str:
+    return f"objective-{rank:05d}.safetensors"
+
+
+def _write_manifest(folder: Path, step: int) -> None:
+    files = [
+        {"path": path.name, "size": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(folder.iterdir())
+        if path.name != MANIFEST_FILE
+    ]
+    text = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=2)
+    (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def load_snapshot(path: Path) -> Snapshot:
+    """Read a checkpoint whose files agree with its manifest. Raises CheckpointError, naming what is wrong."""
+    problem = damage(path)
+    if problem is not None:
+        raise CheckpointError(
+            f"{path}: {problem}; remove this folder to resume from the checkpoint before it"
+        )
+    state = _read_json(path / STATE_FILE)
+    config = _read_json(path / CONFIG_FILE)
+    average = path / AVERAGE_FILE
+    return Snapshot(
+        step=state["step"],
+        samples_seen=state["samples_seen"],
+        record=ModelRecord(config["model_cfg"], config["preprocess_cfg"]),
+        max_logit_scale=state["max_logit_scale"],
+        weights=load_file(path / WEIGHTS_FILE),
+        optimizer=load_file(path / OPTIMIZER_FILE),
+        objective=tuple(load_file(path / _objective_file(rank)) for rank in range(state["world_size"])),
+        order=state["order"],
+        recipe_toml=(path / RECIPE_FILE).read_text(encoding="utf-8"),
+        average=load_file(average) if average.is_file() else None,
+        progress=state["progress"],
+    )
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, by its manifest; None for a sound one."""
+    try:
+        manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"{MANIFEST_FILE} is missing"
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return f"{MANIFEST_FILE} cannot be read ({error})"
+    if manifest.get("format") != FORMAT:
+        return f"format {manifest.get('format')!r}, and this clipstack reads {FORMAT}; use the version that wrote it"
+    for entry in manifest["files"]:
+        file = path / entry["path"]
+        if not file.is_file():
+            return f"{entry['path']} is missing"
+        if file.stat().st_size != entry["size"]:
+            return f"{entry['path']} has {file.stat().st_size} bytes, not {entry['size']}"
+        if sha256_of(file) != entry["sha256"]:
+            return f"{entry['path']} does not match its checksum"
+    return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All checkpoint folders, oldest first."""
+    return sorted(path for path in folder.glob("step-????????") if path.is_dir())
+
+
+def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and a line on each newer one that is not."""
+    damaged = []
+    for path in reversed(checkpoints(folder)):
+        problem = damage(path)
+        if problem is None:
+            return path, damaged
+        damaged.append(f"{path}: {problem}")
+    return None, damaged
+
+
+def prune(
+    folder: Path, *, keep_last: int, keep_every_steps: int | None = None, keep: Path | None = None
+) -> None:
+    """Remove all but the newest `keep_last` checkpoints, those at multiples of `keep_every_steps`, and `keep`."""
+    for path in checkpoints(folder)[:-keep_last]:
+        step = int(path.name.removeprefix("step-"))
+        if path != keep and not (keep_every_steps and step % keep_every_steps == 0):
+            shutil.rmtree(path)
+
+
+# ---- Exported models ----
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with all that turns pictures and captions into its inputs.
+
+    fingerprint: 32 hex digits that equal models share, whatever folder they lie in. is_random: no weights were loaded.
+    """
+
+    name: str
+    model: ClipModel
+    preprocess: Preprocess
+    tokenizer: Any
+    fingerprint: str
+    is_random: bool = False
+
+
+def fingerprint_of(record: ModelRecord, weights: Mapping[str, Tensor]) -> str:
+    """32 hex digits over the tables and every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(record.to_json().encode())
+    for name in sorted(weights):
+        tensor = weights[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
+
+
+def export_model(run_or_checkpoint: Path | str, out_dir: Path | str) -> Path:
+    """Write the folder that open_clip loads alone: its config, safetensors, and our record. Returns `out_dir`.
+
+    Reads a run folder (its newest sound checkpoint), a checkpoint, or an exported folder. Raises CheckpointError.
+    """
+    source, out = Path(run_or_checkpoint), Path(out_dir)
+    if out.exists() and any(out.iterdir()) and not (out / CONFIG_FILE).is_file():
+        raise CheckpointError(f"--output {out}: holds other files; name a new or empty folder")
+    path = _weights_folder(source, prefer_export=False)
+    record, max_logit_scale, weights = _read_weights(path)
+    about = {
+        "format": FORMAT,
+        "fingerprint": fingerprint_of(record, weights),
+        "max_logit_scale": max_logit_scale,
+        "preprocess": record.preprocess_cfg,
+        **_provenance(path),
+    }
+    with whole_folder(out) as beside:
+        save_file(weights, beside / WEIGHTS_FILE)
+        (beside / CONFIG_FILE).write_text(record.to_json() + "\n", encoding="utf-8")
+        (beside / RECORD_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    return out
+
+
+def _provenance(path: Path) -> dict[str, Any]:
+    if (path / RECORD_FILE).is_file():
+        about = _read_json(path / RECORD_FILE)
+        return {key: about[key] for key in ("recipe", "step", "samples_seen", "data") if key in about}
+    state = _read_json(path / STATE_FILE)
+    return {
+        "recipe": (path / RECIPE_FILE).read_text(encoding="utf-8"),
+        "step": state["step"],
+        "samples_seen": state["samples_seen"],
+        "data": state["order"],
+    }
+
+
+def load_model(
+    path_or_name: Path | str,
+    *,
+    pretrained: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> LoadedModel:
+    """A model to evaluate, embed or serve with, in eval mode.
+
+    `path_or_name`: a run folder (its export/ once finished, else its newest sound checkpoint), a checkpoint, an exported
+    folder, or an open_clip name, with `pretrained` a tag or a weights file; an open_clip name without one gives random
+    weights. Raises ConfigError for an unknown name, CheckpointError for a folder that cannot be read.
+    """
+    where = Path(path_or_name)
+    name = str(path_or_name)
+    if where.is_dir():
+        if pretrained is not None:
+            raise ConfigError(
+                f"pretrained = {pretrained!r}: {where} has weights of its own; drop one of the two"
+            )
+        record, max_logit_scale, weights = _read_weights(_weights_folder(where, prefer_export=True))
+        return _assemble(name, record, max_logit_scale, weights, device=device, dtype=dtype)
+    if where.exists() or name.startswith((".", "/", "~")) or name.endswith("/"):
+        raise CheckpointError(
+            f"--model {name}: not a folder; name a run, an exported folder or an open_clip architecture"
+        )
+    if name.startswith("hf-hub:"):
+        towers = open_clip.create_model(name)
+        record = record_of_tables(
+            open_clip.get_model_config(name), open_clip.get_model_preprocess_cfg(towers)
+        )
+        return _assemble(
+            name, record, DEFAULT_MAX_LOGIT_SCALE, open_clip_weights(towers), device=device, dtype=dtype
+        )
+    tables = named_tables(name, key="--model")
+    if pretrained is not None:
+        towers = named_pretrained(name, pretrained)
+        record = record_of_tables(tables, open_clip.get_model_preprocess_cfg(towers))
+        return _assemble(
+            name, record, DEFAULT_MAX_LOGIT_SCALE, open_clip_weights(towers), device=device, dtype=dtype
+        )
+    record = record_of_tables(tables)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        weights = open_clip_weights(build_towers(record))
+    return _assemble(
+        name, record, DEFAULT_MAX_LOGIT_SCALE, weights, device=device, dtype=dtype, is_random=True
+    )
+
+
+def _assemble(
+    name: str,
+    record: ModelRecord,
+    max_logit_scale: float,
+    weights: Mapping[str, Tensor],
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    is_random: bool = False,
+) -> LoadedModel:
+    bias = float(weights["logit_bias"]) if "logit_bias" in weights else None
+    with torch.random.fork_rng(devices=[]):
+        towers = build_towers(record, init_logit_bias=bias)
+    load_open_clip_weights(towers, weights, source=name)
+    model = ClipModel(towers, record, max_logit_scale=max_logit_scale).to(device=device, dtype=dtype).eval()
+    preprocess = Preprocess.from_record(record)
+    fingerprint = fingerprint_of(record, weights)
+    return LoadedModel(
+        name, model.requires_grad_(False), preprocess, preprocess.tokenizer, fingerprint, is_random
+    )
+
+
+def _weights_folder(path: Path, *, prefer_export: bool) -> Path:
+    """The folder below a run, or the folder itself, that holds config and weights. Raises CheckpointError."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder; name a run folder, a checkpoint or an exported model")
+    if (path / CONFIG_FILE).is_file():
+        return path
+    if prefer_export and (path / "export" / CONFIG_FILE).is_file():
+        return path / "export"
+    sound, damaged = newest_sound(path / "checkpoints")
+    if sound is None:
+        found = (
+            f"only damaged ones: {'; '.join(damaged)}" if damaged else f"no {CONFIG_FILE} and no checkpoints/"
+        )
+        raise CheckpointError(
+            f"{path}: no model here ({found}); name a run folder, a checkpoint or an exported model"
+        )
+    return sound
+
+
+def _read_weights(path: Path) -> tuple[ModelRecord, float, dict[str, Tensor]]:
+    """Tables, bound of the log scale, weights. Raises CheckpointError."""
+    if (path / MANIFEST_FILE).is_file():
+        problem = damage(path)
+        if problem is not None:
+            raise CheckpointError(f"{path}: {problem}; take another checkpoint")
+    config = _read_json(path / CONFIG_FILE)
+    about = next(
+        (_read_json(path / name) for name in (RECORD_FILE, STATE_FILE) if (path / name).is_file()), {}
+    )
+    if about.get("format", FORMAT) != FORMAT:
+        raise CheckpointError(
+            f"{path}: format {about['format']!r}, and this clipstack reads {FORMAT}; use the version that wrote it"
+        )
+    record = record_of_tables(config["model_cfg"], config.get("preprocess_cfg", {}))
+    return record, float(about.get("max_logit_scale", DEFAULT_MAX_LOGIT_SCALE)), _read_tensors(path)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    file = path / WEIGHTS_FILE
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: missing; only safetensors weights are read") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: damaged ({error}); export the model again") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); export the model again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object; export the model again")
+    return value
