@@ -49,6 +49,7 @@ from data_pipelines.inputs import (
 )
 from data_pipelines.progress import Progress
 from data_pipelines.rights import EMPTY, RIGHTS_COLUMNS, RemovalList, load_removal_list
+from data_pipelines.shard_rows import default_processes
 from data_pipelines.table import Row, describe, image_member, table_path, write_table
 
 FORMAT_VERSION = 1
@@ -526,16 +527,12 @@ def _write_text(path: Path, text: str) -> None:
 # ---- command -----------------------------------------------------------------------------------------------
 
 
-def default_processes() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def check_output(out: Path, paths: Sequence[str]) -> None:
+def check_output(out: Path, paths: Sequence[str], *, option: str = "--output") -> None:
     """Raises DataError where the output lies inside an input: the next run would read its own shards."""
     for text in paths:
         source = Path(text)
         if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
-            raise DataError(f"--output {out} lies inside the input {source}; name a folder outside it")
+            raise DataError(f"{option} {out} lies inside the input {source}; name a folder outside it")
 
 
 def add_image_arguments(parser: argparse.ArgumentParser, *, size: int | None) -> None:

@@ -16,11 +16,11 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_pipelines.errors import SampleError
+from data_pipelines.images import MAX_IMAGE_PIXELS
 
 Reencode = Literal["needed", "always", "never"]
 Format = Literal["jpg", "png", "webp"]
 
-MAX_PIXELS = 100_000_000
 STORABLE: dict[str, Format] = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 """Pillow's format names to extensions that every reader of shards knows; anything else is re-encoded."""
 
@@ -58,7 +58,7 @@ class ImageOptions:
     """Images with a shorter short side, in pixels, are rejected."""
     max_aspect: float | None = None
     """Images with a larger ratio of long to short side are rejected."""
-    max_pixels: int = MAX_PIXELS
+    max_pixels: int = MAX_IMAGE_PIXELS
     """Images of more pixels are rejected, by their header, before they are decoded."""
 
 
@@ -141,7 +141,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int, str]:
+def image_size(data: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int, str]:
     """(width, height, format as in `STORABLE`'s values or Pillow's name in lower case), upright, from the
     header alone.
 
@@ -154,7 +154,7 @@ def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int, 
         return width, height, STORABLE.get(name, name.lower())
 
 
-def perceptual_hash(data: bytes, *, max_pixels: int = MAX_PIXELS) -> str:
+def perceptual_hash(data: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS) -> str:
     """The 64-bit DCT hash (16 hex digits) of an image: a few bits apart for copies, 14 and more for different
     photos.
 

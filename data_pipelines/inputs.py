@@ -20,9 +20,10 @@ from typing import Any, Literal, assert_never
 
 import polars as pl
 
-from data_pipelines.errors import DataError, SampleError
-from data_pipelines.index import Sample, ShardIndex, build_index, index_path, load_index
+from data_pipelines.errors import DataError, SampleError, ShardError
+from data_pipelines.index import ShardIndex, Span, build_index, decode_index, payload_digest
 from data_pipelines.rights import ALIASES, RIGHTS_COLUMNS, rights_of, rights_of_json
+from data_pipelines.sources import LocalFile, expand, find_index, is_pipe, is_remote
 from data_pipelines.table import CARRIED, foreign_columns, image_member, json_caption, read_table
 
 IMAGE_SUFFIXES = frozenset(
@@ -69,7 +70,8 @@ class ParquetImage:
 @dataclass(frozen=True, slots=True)
 class ShardImage:
     tar: str
-    position: int
+    members: tuple[tuple[str, Span], ...]
+    """Extension and place of each member: all that a worker needs, so that it never loads an index."""
 
 
 ImageRef = FileImage | Base64Image | ParquetImage | ShardImage
@@ -409,36 +411,38 @@ def _label_value(value: Any, where: str) -> int | None:
 
 
 def expand_shards(patterns: Sequence[str]) -> list[Path]:
-    """Local tars of paths, folders (by name) and brace patterns like `{00000..00009}.tar`. Raises DataError
-    if one is missing."""
-    from braceexpand import braceexpand
-
-    out: list[Path] = []
+    """Local tars of paths, folders and brace patterns like `{00000..00009}.tar`. Raises DataError."""
+    out: list[str] = []
     for pattern in patterns:
-        try:
-            names = list(braceexpand(pattern))
-        except ValueError as error:  # its UnbalancedBracesError
-            raise DataError(f"{pattern}: unbalanced braces") from error
-        for name in names:
-            path = Path(name)
-            if path.is_dir():
-                found = sorted(p for p in path.iterdir() if p.suffix == ".tar" and not p.name.startswith("."))
-                # Split folders, as CLIP_benchmark keeps them, stand one level below.
-                found = found or sorted(p for p in path.glob("*/*.tar") if not p.name.startswith("."))
-                if not found:
-                    raise DataError(f"{path}: no .tar in this folder")
-                out.extend(found)
-            elif path.is_file():
-                out.append(path)
-            else:
-                raise DataError(f"{path}: no such shard or folder{_did_you_mean(path)}")
-    return out
+        if is_pipe(pattern) or is_remote(pattern):
+            raise DataError(f"{pattern}: this command reads local shards; copy them here first")
+        folder = Path(pattern)
+        if folder.is_dir() and not any(path.suffix == ".tar" for path in folder.iterdir()):
+            # Split folders, as CLIP_benchmark keeps them, stand one level below.
+            below = sorted(str(path) for path in folder.glob("*/*.tar") if not path.name.startswith("."))
+            out.extend(below or expand(pattern))
+        elif "{" not in pattern and "*" not in pattern and not folder.exists():
+            raise DataError(f"{pattern}: no such shard or folder{_did_you_mean(folder)}")
+        else:
+            out.extend(expand(pattern))
+    missing = [path for path in out if not os.path.isfile(path)]
+    if missing:
+        raise DataError(f"{missing[0]}: no such shard")
+    return [Path(path) for path in out]
 
 
-@lru_cache(maxsize=8)
-def shard_index(tar: str) -> ShardIndex:
-    """The index beside a tar, or one made now in memory where there is none. Raises ShardError for damage."""
-    return load_index(tar) if index_path(tar).exists() else build_index(tar)
+def shard_index(tar: Path) -> ShardIndex:
+    """The index of a tar, or one made now, in memory, where there is none. Raises ShardError for a damaged
+    shard."""
+    found = find_index(str(tar))
+    index = build_index(tar) if found is None else decode_index(found[1], name=found[0])
+    size = tar.stat().st_size
+    if index.damage or size != index.tar_size:
+        reason = index.damage[0].reason if index.damage else f"{size} bytes, by its index {index.tar_size}"
+        raise ShardError(
+            f"{tar}: damaged: {reason}; `clipstack data verify --repair` saves what can be saved"
+        )
+    return index
 
 
 def shard_items(tars: Sequence[Path]) -> Inputs:
@@ -447,13 +451,13 @@ def shard_items(tars: Sequence[Path]) -> Inputs:
     items: list[Item] = []
     stamp: list[str] = []
     for tar in tars:
-        index = shard_index(str(tar))
+        index = shard_index(tar)
         carried = shard_columns(tar)
         stamp.append(f"{tar.name}\t{index.digest}")
         items.extend(
             Item(
                 origin=f"{tar.name}/{key}",
-                image=ShardImage(str(tar), position),
+                image=ShardImage(str(tar), tuple(index.members(position).items())),
                 key=key,
                 columns=carried.get(key, {}),
             )
@@ -475,34 +479,22 @@ def shard_columns(tar: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def read_sample(tar: str, position: int) -> Sample:
-    """One sample by the index, its bytes checked against it. Raises SampleError."""
-    index = shard_index(tar)
-    members: dict[str, bytes] = {}
-    for extension, span in index.members(position).items():
-        payload = os.pread(_descriptor(tar), span.size, span.offset)
-        if hashlib.sha256(payload).digest()[: len(span.digest)] != span.digest:
+def read_members(image: ShardImage) -> dict[str, bytes]:
+    """Extension to payload, each checked against its hash. Raises SampleError where the bytes have
+    changed."""
+    file = _open_shard(image.tar)
+    out: dict[str, bytes] = {}
+    for extension, span in image.members:
+        payload = file.read(span.offset, span.offset + span.size)
+        if payload_digest(payload) != span.digest:
             raise SampleError(f"the bytes of .{extension} are not those that the index knows")
-        members[extension] = payload
-    return Sample(index.keys[position], members)
+        out[extension] = payload
+    return out
 
 
-class _Descriptors:
-    """Open tars of this process, the latest few."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._open: dict[str, int] = {}
-
-    def __call__(self, tar: str) -> int:
-        if tar not in self._open:
-            if len(self._open) >= self._limit:
-                os.close(self._open.pop(next(iter(self._open))))
-            self._open[tar] = os.open(tar, os.O_RDONLY)
-        return self._open[tar]
-
-
-_descriptor = _Descriptors(limit=64)
+@lru_cache(maxsize=64)
+def _open_shard(tar: str) -> LocalFile:
+    return LocalFile(tar)
 
 
 # ---- reading one item --------------------------------------------------------------------------------------
@@ -522,13 +514,13 @@ class RawSample:
 def read_item(item: Item) -> RawSample:
     """Raises SampleError with the reason where the item cannot be used."""
     match item.image:
-        case ShardImage(tar, position):
-            sample = read_sample(tar, position)
-            extension = image_member(sample.members)
+        case ShardImage():
+            members = read_members(item.image)
+            extension = image_member(members)
             if extension is None:
                 raise SampleError("no image")
-            columns = {**rights_of_json(sample.members.get("json", b"")), **item.columns}
-            return RawSample(sample.members[extension], None, columns, sample.members)
+            columns = {**rights_of_json(members.get("json", b"")), **item.columns}
+            return RawSample(members[extension], None, columns, members)
         case FileImage(path):
             image = _read_file(path)
         case Base64Image(text):
