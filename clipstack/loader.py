@@ -137,8 +137,8 @@ class TrainLoader:
         for name, value in self.state().items():
             if state.get(name) != value:
                 raise ConfigError(
-                    f"{names.get(name, f'data.{name}')}: {value!r} now, {state.get(name)!r} in the checkpoint; "
-                    "the position in the data would mean other samples: put it back, or take another run.dir"
+                    f"{names.get(name, f'data.{name}')}: {value!r} now, {state.get(name)!r} when it was saved: "
+                    "the saved position in the data would mean other samples; put it back, or take another run.dir"
                 )
 
     def iterate(self, start_sample: int, skip: Sequence[tuple[int, int]] = ()) -> Iterator[Batch]:
@@ -201,7 +201,6 @@ class EvalLoader:
             self.bad += made.bad
             rate.count(len(made.value.keys), made.bad)
             yield made.value
-        self._workers.close()
 
     def _ranges(self) -> Iterator[Ranges]:
         size = self._batch_size
@@ -324,18 +323,23 @@ class _Workers:
     def __init__(self, dataset: Dataset[_Made], workers: int, *, pin_memory: bool) -> None:
         self._dataset, self._count, self._pin_memory = dataset, workers, pin_memory
         self._iterator: Any = None
+        self._runs = 0
 
     def run(self, requests: Iterable[Ranges]) -> Iterator[_Made]:
-        """Raises DataError that a worker met, or for its death."""
+        """Answers in order. A new run ends the one before. Raises DataError that a worker met, or for its
+        death."""
         self.close()
         self._iterator = self._start(requests)
-        while True:
+        self._runs += 1
+        run = self._runs
+        while run == self._runs and self._iterator is not None:
             try:
                 made: _Made = next(self._iterator)
             except StopIteration:
+                self.close()
                 return
             except RuntimeError as error:
-                if "worker" not in str(error):
+                if "DataLoader worker" not in str(error):
                     raise
                 self.close()
                 raise DataError(
@@ -348,9 +352,8 @@ class _Workers:
             yield made
 
     def close(self) -> None:
-        iterator, self._iterator = self._iterator, None
-        if iterator is not None and self._count:
-            iterator._shutdown_workers()
+        """End the processes: torch does so when the last reference to its iterator goes."""
+        self._iterator = None
 
     def _start(self, requests: Iterable[Ranges]) -> Any:
         loader = DataLoader(

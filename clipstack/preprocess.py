@@ -23,7 +23,7 @@ from torchvision.transforms import Compose, InterpolationMode, v2  # isort: skip
 from torchvision.transforms.v2 import functional as F  # isort: skip
 
 from clipstack.config import AugmentConfig
-from data_pipelines.images import crop_box
+from data_pipelines.images import draw_geometry
 
 CACHED_CAPTIONS = 2**16
 """Captions whose tokens a process keeps: the tokenizer is pure Python, and captions repeat."""
@@ -80,8 +80,9 @@ class Preprocess:
         """(H, W, 3) uint8 -> (3, height, width) uint8, augmented by what `rng` draws and nothing else."""
         height, width = pixels.shape[:2]
         augment = self.augment
-        box = crop_box(width, height, scale=augment.crop_scale, ratio=augment.crop_ratio, rng=rng)
-        flip = augment.hflip and rng.random() < 0.5
+        box, flip = draw_geometry(
+            width, height, scale=augment.crop_scale, ratio=augment.crop_ratio, hflip=augment.hflip, rng=rng
+        )
         # Permuted, not copied: torchvision's uint8 resize is fastest on channels-last memory.
         image = _as_tensor(pixels).permute(2, 0, 1)  # (3, H, W)
         image = image[:, box.top : box.top + box.height, box.left : box.left + box.width]

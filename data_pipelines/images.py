@@ -93,6 +93,27 @@ def crop_box(
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
+class Geometry(NamedTuple):
+    """Which part of an image training sees, and whether mirrored."""
+
+    box: Box
+    flip: bool
+
+
+def draw_geometry(
+    width: int,
+    height: int,
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    hflip: bool,
+    rng: random.Random,
+) -> Geometry:
+    """The crop and mirroring of a training image: drawn here once, for the loader and for replay."""
+    box = crop_box(width, height, scale=scale, ratio=ratio, rng=rng)
+    return Geometry(box, hflip and rng.random() < 0.5)
+
+
 def _decode_jpeg(data: bytes, max_pixels: int) -> Pixels | None:
     """None where simplejpeg has no answer: CMYK, or bytes that Pillow may still make sense of."""
     try:

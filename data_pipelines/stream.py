@@ -458,8 +458,8 @@ class BadRate:
                 self.last = sample
         if self.last is not None and self.bad > self.limit * max(self.draws, MIN_DRAWS_FOR_RATE):
             raise DataError(
-                f"data.max_bad_fraction = {self.limit}: {self.bad} of {self.draws} samples could not be used, "
-                f"the last {self.last.shard}/{self.last.key} ({self.last.reason}); see quarantine.jsonl, "
+                f"data.max_bad_fraction = {self.limit}: {self.bad} of {self.draws} samples could not be used; "
+                f"the last: {self.last.shard}/{self.last.key} ({self.last.reason}); see quarantine.jsonl, "
                 "or run `clipstack data verify` on the shards"
             )
 

@@ -1,0 +1,180 @@
+"""`clipstack data replay RUN --step N`: the images and captions that a step of a run saw."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import html
+import io
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from data_pipelines.errors import DataError
+from data_pipelines.images import MAX_IMAGE_PIXELS, Geometry, Pixels, draw_geometry
+from data_pipelines.order import OrderParams
+from data_pipelines.rights import EMPTY, load_removal_list
+from data_pipelines.stream import Drawer, Drawn, Reader, ReadOptions, make_manifest
+
+THUMBNAIL = 160  # pixels
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One pair as the step saw it."""
+
+    position: int
+    epoch: int
+    drawn: Drawn
+    geometry: Geometry
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("--step", type=int, required=True, help="optimizer step, from 1")
+    parser.add_argument(
+        "--html", type=Path, metavar="OUT", help="write a page with the images, as cropped and mirrored"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
+def run(args: argparse.Namespace) -> int:
+    recipe = read_recipe(args.run)
+    start, end = step_range(args.run, recipe, args.step)
+    seen = list(replay(recipe, start, end))
+    if args.html is not None:
+        args.html.write_text(page(seen, title=f"{args.run.name}, step {args.step}"), encoding="utf-8")
+    for one in seen:
+        print(
+            json.dumps(describe(one), ensure_ascii=False)
+            if args.json
+            else f"{one.drawn.raw.key}  {one.drawn.caption}"
+        )
+    return 0
+
+
+def read_recipe(run: Path) -> dict[str, Any]:
+    """The resolved recipe of a run. Raises DataError."""
+    try:
+        return tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{run}: no run folder: recipe.toml: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise DataError(f"{run / 'recipe.toml'}: not valid TOML: {error}") from error
+
+
+def step_range(run: Path, recipe: Mapping[str, Any], step: int) -> tuple[int, int]:
+    """[start, end) of the positions that a step used: as its line of metrics.jsonl says, else by counting
+    steps.
+
+    The line knows of windows that a run jumped over. Raises DataError for a step outside the run.
+    """
+    if not 1 <= step <= recipe["train"]["steps"]:
+        raise DataError(f"--step {step}: the run has steps 1 to {recipe['train']['steps']}")
+    batch_size = int(recipe["train"]["batch_size"])
+    end = step * batch_size
+    metrics = run / "metrics.jsonl"
+    if metrics.exists():
+        for line in metrics.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line) if line.endswith("}") else {}
+            if record.get("step") == step:
+                end = int(record.get("next_sample", end))
+    return end - batch_size, end
+
+
+def replay(recipe: Mapping[str, Any], start: int, end: int) -> Iterator[Seen]:
+    """The pairs at positions [start, end) of a run's order, bad samples replaced as in the run. Raises
+    DataError."""
+    data = recipe["data"]
+    seed = int(recipe.get("seed", 0))
+    defaults = OrderParams()
+    cache_dir = Path(data["cache_dir"]) if "cache_dir" in data else None
+    manifest = make_manifest(_sources(data["train"]), cache_dir)
+    order = manifest.order(
+        OrderParams(
+            seed,
+            *(int(data.get(name, getattr(defaults, name))) for name in ("lanes", "window_shards", "quantum")),
+        )
+    )
+    options = ReadOptions(
+        caption=data.get("caption", "txt"),
+        max_image_pixels=int(data.get("max_image_pixels", MAX_IMAGE_PIXELS)),
+        removals=load_removal_list(data["removals"]) if "removals" in data else EMPTY,
+        cache_dir=cache_dir,
+    )
+    drawer = Drawer(Reader(manifest, options), seed=seed)
+    augment = data["augment"]
+    for position, (source, epoch, sample) in enumerate(
+        zip(*order.take(start, end - start), strict=True), start
+    ):
+        drawn = drawer.draw(int(epoch), int(sample), int(source))
+        height, width = drawn.pixels.shape[:2]
+        geometry = draw_geometry(
+            width,
+            height,
+            scale=tuple(augment["crop_scale"]),
+            ratio=tuple(augment["crop_ratio"]),
+            hflip=augment["hflip"],
+            rng=drawn.rng,
+        )
+        yield Seen(position, int(epoch), drawn, geometry)
+
+
+def _sources(train: str | list[str] | list[dict[str, Any]]) -> list[tuple[tuple[str, ...], float]]:
+    if isinstance(train, str):
+        return [((train,), 1.0)]
+    weighted = [source for source in train if isinstance(source, dict)]
+    if weighted:
+        return [((source["path"],), float(source.get("weight", 1.0))) for source in weighted]
+    return [(tuple(str(path) for path in train), 1.0)]
+
+
+def describe(one: Seen) -> dict[str, Any]:
+    """A pair as a JSON object; `crop` is [top, left, height, width] in pixels of the stored image."""
+    return {
+        "position": one.position,
+        "epoch": one.epoch,
+        "key": one.drawn.raw.key,
+        "caption": one.drawn.caption,
+        "image_sha256": hashlib.sha256(one.drawn.raw.image).hexdigest(),
+        "crop": list(one.geometry.box),
+        "mirrored": one.geometry.flip,
+        "replaces": [f"{bad.shard}/{bad.key}" for bad in one.drawn.bad],
+    }
+
+
+def page(seen: list[Seen], *, title: str) -> str:
+    """One HTML file, images inside."""
+    figures = "\n".join(_figure(one) for one in seen)
+    return (
+        f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>"
+        "<style>body{font:14px sans-serif;margin:2em}main{display:flex;flex-wrap:wrap;gap:12px}"
+        f"figure{{margin:0;width:{THUMBNAIL}px}}small{{color:#667;overflow-wrap:anywhere}}</style>"
+        f"<h1>{html.escape(title)}</h1><p>{len(seen)} pairs, cropped and mirrored as the model saw them; "
+        f"colour changes are not shown.</p><main>{figures}</main>\n"
+    )
+
+
+def _figure(one: Seen) -> str:
+    picture = _cropped(one.drawn.pixels, one.geometry)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    source = base64.b64encode(buffer.getvalue()).decode()
+    return (
+        f'<figure><img width={THUMBNAIL} alt="" src="data:image/png;base64,{source}">'
+        f"<figcaption>{html.escape(one.drawn.caption)}<br><small>{html.escape(one.drawn.raw.key)}</small>"
+        "</figcaption></figure>"
+    )
+
+
+def _cropped(pixels: Pixels, geometry: Geometry) -> Image.Image:
+    box = geometry.box
+    image = Image.fromarray(pixels[box.top : box.top + box.height, box.left : box.left + box.width])
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if geometry.flip else image
