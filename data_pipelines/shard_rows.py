@@ -3,26 +3,19 @@ images themselves."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
-from typing import TypeVar
 
 import polars as pl
 
-from data_pipelines.errors import SampleError, ShardError
+from data_pipelines.errors import SampleError
 from data_pipelines.index import Sample
-from data_pipelines.inputs import Item, ShardImage, read_members, shard_items
+from data_pipelines.inputs import Inputs, Item, ShardImage, read_members, shard_items
+from data_pipelines.parallel import map_processes
 from data_pipelines.progress import Progress
 from data_pipelines.table import SCHEMA, Row, describe, read_table, to_frame
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 FRAME_SCHEMA = {**SCHEMA, "shard": pl.String(), "place": pl.Int64()}
 """Of `read_rows`: the table's columns, the tar's path and the sample's place among all samples of all
@@ -35,74 +28,57 @@ class ShardRows:
     """One row per usable sample, in the shards' order; columns of `FRAME_SCHEMA`."""
     unusable: tuple[tuple[str, str], ...]
     """(`SHARD/KEY`, reason) of samples without an image that can be read."""
-    items: tuple[Item, ...]
-    """All samples; `place` counts in here."""
-
-
-def default_processes() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def map_processes(function: Callable[[T], R], work: Sequence[T], *, processes: int) -> Iterator[R]:
-    """`function` of each piece, in order, in fresh processes; in this one where one is enough. Raises
-    ShardError.
-
-    `function` must be importable: a module's own, or a `functools.partial` of one.
-    """
-    if processes <= 1 or len(work) <= 1:
-        yield from map(function, work)
-        return
-    # Fresh processes: polars and the image libraries keep threads, which a fork would break.
-    with ProcessPoolExecutor(min(processes, len(work)), mp_context=get_context("spawn")) as pool:
-        try:
-            yield from pool.map(function, work)
-        except BrokenProcessPool as error:
-            raise ShardError("a worker died (out of memory?); try again with fewer --processes") from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    inputs: Inputs
+    """All samples; `place` counts in its items."""
 
 
 def read_rows(tars: Sequence[Path], *, phash: bool, processes: int = 1, label: str = "read") -> ShardRows:
     """The rows of all samples. Shards without a table of ours are read whole. Raises ShardError for a damaged
     one."""
+    parts: list[ShardRows] = []
     frames: list[pl.DataFrame] = []
-    unusable: list[tuple[str, str]] = []
-    items: list[Item] = []
+    work = partial(_shard_rows, phash=phash)
+    before = 0
     with Progress(label, len(tars), unit="shards") as progress:
-        for tar, part in zip(
-            tars, map_processes(partial(_shard_rows, phash=phash), tars, processes=processes), strict=True
-        ):
+        for tar, part in zip(tars, map_processes(work, tars, processes=processes), strict=True):
+            place = (pl.col("place") + before).alias("place")
             frames.append(
-                part.frame.with_columns(
-                    pl.lit(str(tar)).alias("shard"), (pl.col("place") + len(items)).alias("place")
-                )
+                part.frame.with_columns(pl.lit(str(tar)).alias("shard"), place).select(*FRAME_SCHEMA)
             )
-            unusable.extend(part.unusable)
-            items.extend(part.items)
+            parts.append(part)
+            before += len(part.inputs.items)
             progress.advance()
-    frame = pl.concat(frames) if frames else pl.DataFrame(schema=FRAME_SCHEMA)
-    return ShardRows(frame.select(*FRAME_SCHEMA), tuple(unusable), tuple(items))
+    return ShardRows(
+        frame=pl.concat(frames) if frames else pl.DataFrame(schema=FRAME_SCHEMA),
+        unusable=tuple(pair for part in parts for pair in part.unusable),
+        inputs=Inputs(
+            items=[item for part in parts for item in part.inputs.items],
+            described=f"{len(tars)} shards with {before} samples",
+            stamp="\n".join(part.inputs.stamp for part in parts),
+            files=tuple(map(str, tars)),
+        ),
+    )
 
 
 def _shard_rows(tar: Path, *, phash: bool) -> ShardRows:
-    items = tuple(shard_items([tar]).items)
-    keys = [item.key for item in items]
+    inputs = shard_items([tar])
+    keys = [item.key for item in inputs.items]
     table = read_table(tar)
     if table is not None and table["key"].to_list() == keys and not (phash and table["phash"].has_nulls()):
         return ShardRows(
-            table.with_columns(pl.int_range(len(keys), dtype=pl.Int64).alias("place")), (), items
+            table.with_columns(pl.int_range(len(keys), dtype=pl.Int64).alias("place")), (), inputs
         )
     rows: list[Row] = []
     places: list[int] = []
     unusable: list[tuple[str, str]] = []
-    for place, item in enumerate(items):
+    for place, item in enumerate(inputs.items):
         try:
             rows.append(_describe(item, phash=phash))
             places.append(place)
         except SampleError as error:
             unusable.append((item.origin, str(error)))
     frame = to_frame(rows).with_columns(pl.Series("place", places, dtype=pl.Int64))
-    return ShardRows(frame, tuple(unusable), items)
+    return ShardRows(frame, tuple(unusable), inputs)
 
 
 def _describe(item: Item, *, phash: bool) -> Row:

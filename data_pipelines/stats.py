@@ -13,8 +13,9 @@ from typing import Any
 import polars as pl
 
 from data_pipelines.inputs import expand_shards
+from data_pipelines.parallel import default_processes
 from data_pipelines.rights import RIGHTS_COLUMNS
-from data_pipelines.shard_rows import ShardRows, default_processes, read_rows
+from data_pipelines.shard_rows import ShardRows, read_rows
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 TOP = 10
@@ -134,8 +135,9 @@ def format_stats(stats: Stats) -> str:
         values = (*spread.quantiles, spread.mean)
         lines.append(f"{name:<20}" + "".join(f"{_number(value):>10}" for value in values))
     for title, shares in share_tables(stats):
-        missing = _part(shares.missing, stats.samples)
-        lines += ["", f"{title}: {shares.distinct:,} different, {missing} without"]
+        missing = f", {_part(shares.missing, stats.samples)} without" if shares.missing else ""
+        known = f"{shares.distinct:,} different{missing}" if shares.distinct else "none known"
+        lines += ["", f"{title}: {known}"]
         lines += [f"  {count:>9,}  {name[:80]}" for name, count in shares.top]
     return "\n".join(lines)
 
@@ -199,4 +201,6 @@ def histogram(column: pl.Series, *, bins: int = 24) -> list[tuple[float, float, 
     width = (high - low + (1 if whole else 0)) / bins
     places = ((column.cast(pl.Float64) - low) / width).floor().clip(0, bins - 1).cast(pl.Int64)
     counts: dict[Any, int] = dict(places.value_counts().iter_rows())
-    return [(low + i * width, low + (i + 1) * width, counts.get(i, 0)) for i in range(bins)]
+    # A bar of whole numbers ends with the last number in it, not with the first of the next.
+    inside = 1 if whole else 0
+    return [(low + i * width, low + (i + 1) * width - inside, counts.get(i, 0)) for i in range(bins)]

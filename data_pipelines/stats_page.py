@@ -35,7 +35,8 @@ h1 { font-size: 24px; margin: 0 0 4px; overflow-wrap: anywhere; } h2 { font-size
 p.soft, .soft { color: var(--soft); }
 .grid { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
 .wide { grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); }
-.card { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 12px; min-width: 0; }
+.card { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; }
+.card { padding: 12px; min-width: 0; }
 .card b { display: block; font-size: 22px; }
 .card i { color: var(--soft); font-style: normal; }
 .card h3 { font-size: 14px; margin: 0 0 8px; }
@@ -102,7 +103,7 @@ def _samples(rows: ShardRows) -> str:
     picked = rows.frame[[i * rows.frame.height // count for i in range(count)]] if count else rows.frame
     out = []
     for row in picked.iter_rows(named=True):
-        item = rows.items[row["place"]]
+        item = rows.inputs.items[row["place"]]
         try:
             image = _thumbnail(read_item(item).image)
         except SampleError as error:
@@ -129,7 +130,7 @@ def _histograms(frame: pl.DataFrame) -> str:
         column = frame.filter(pl.col("caption").is_not_null()) if name.startswith("caption") else frame
         bars = histogram(column.select(number).to_series())
         if bars:
-            out.append(f'<div class="card"><h3>{name.capitalize()}</h3>{_bars(bars)}</div>')
+            out.append(f'<div class="card"><h3>{_title(name)}</h3>{_bars(bars)}</div>')
     return "".join(out)
 
 
@@ -152,6 +153,10 @@ def _bars(bars: list[tuple[float, float, int]]) -> str:
     return opening + "".join(parts) + "</svg>"
 
 
+def _title(name: str) -> str:
+    return name[:1].upper() + name[1:]
+
+
 def _edge(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 20 or value == int(value) else f"{value:.2f}"
 
@@ -165,4 +170,4 @@ def _share_card(name: str, shares: Shares, total: int) -> str:
         share = f"{shares.missing:,} ({shares.missing / total:.0%})"
         lines.append(f'<tr class="soft"><td>not known</td><td>{share}</td></tr>')
     table = f"<table>{''.join(lines)}</table>"
-    return f'<div class="card"><h3>{escape(name.capitalize())}</h3>{table}</div>'
+    return f'<div class="card"><h3>{escape(_title(name))}</h3>{table}</div>'

@@ -33,8 +33,8 @@ from data_pipelines.index import (
     split_name,
 )
 from data_pipelines.inputs import expand_shards, shard_columns
+from data_pipelines.parallel import default_processes, map_processes
 from data_pipelines.progress import Progress
-from data_pipelines.shard_rows import default_processes, map_processes
 from data_pipelines.sources import LocalFile, find_index
 from data_pipelines.table import (
     Row,

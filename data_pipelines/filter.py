@@ -1,0 +1,190 @@
+"""`clipstack data filter`: keep the samples that rules ask for, each rule an SQL condition on the table's
+columns."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import polars as pl
+
+from data_pipelines.build import check_output, print_report
+from data_pipelines.errors import DataError
+from data_pipelines.inputs import expand_shards
+from data_pipelines.reshard import add_copy_arguments, copy_options, reshard_items
+from data_pipelines.shard_rows import FRAME_SCHEMA, ShardRows, read_rows
+
+PRESETS: Mapping[str, tuple[str, ...]] = {
+    # https://arxiv.org/abs/2304.14108, basic filtering; sizes are those before any shrinking
+    "datacomp-basic": (
+        "language = 'en'",
+        "caption_words > 2",
+        "caption_chars > 5",
+        "least(original_width, original_height) >= 200",
+        "greatest(original_width, original_height) <= 3 * least(original_width, original_height)",
+    ),
+}
+
+UNSURE = 0.5
+"""Below this probability the language of a caption counts as unknown."""
+
+
+@dataclass(frozen=True)
+class RuleCount:
+    rule: str
+    passed: int
+    """Samples that meet this rule, whatever the others say."""
+    only_this_dropped: int
+    """Samples that every other rule would have kept."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    places: tuple[int, ...]
+    """Of the kept samples, in order."""
+    samples: int
+    counts: tuple[RuleCount, ...]
+
+
+def select(frame: pl.DataFrame, rules: Sequence[str]) -> Selection:
+    """Samples that meet all rules; where a value is unknown, a rule that needs it is not met. Raises
+    DataError."""
+    verdicts = frame.select(
+        **{str(i): rule_expression(rule, frame).fill_null(False) for i, rule in enumerate(rules)}
+    )
+    kept = pl.fold(pl.lit(True), lambda a, b: a & b, [pl.col(name) for name in verdicts.columns])
+    missed = pl.sum_horizontal((~pl.col(name)).cast(pl.Int32) for name in verdicts.columns)
+    only = verdicts.select(*((~pl.col(name) & (missed == 1)).sum().alias(name) for name in verdicts.columns))
+    mask = verdicts.select(kept.alias("kept"))["kept"]
+    return Selection(
+        places=tuple(frame.filter(mask)["place"].to_list()),
+        samples=frame.height,
+        counts=tuple(
+            RuleCount(rule, int(verdicts[str(i)].sum()), int(only[str(i)][0])) for i, rule in enumerate(rules)
+        ),
+    )
+
+
+def rule_expression(rule: str, frame: pl.DataFrame) -> pl.Expr:
+    """An SQL condition as a polars expression, tried on an empty table. Raises DataError."""
+    try:
+        expression = pl.sql_expr(rule)
+        result = frame.head(0).select(expression.alias("rule"))["rule"]
+    except pl.exceptions.ColumnNotFoundError as error:
+        raise DataError(f"rule {rule!r}: {_unknown_column(str(error), frame)}") from error
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"rule {rule!r}: {str(error).splitlines()[0]}") from error
+    if result.dtype != pl.Boolean:
+        raise DataError(f"rule {rule!r}: is no condition; compare something, as in `width >= 200`")
+    return expression
+
+
+def _unknown_column(message: str, frame: pl.DataFrame) -> str:
+    name = message.split('"')[1] if message.count('"') >= 2 else message.split(";")[0].split("\n")[0]
+    near = difflib.get_close_matches(name, frame.columns, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(frame.columns)}"
+    return f"no column {name!r}; {hint}"
+
+
+def with_language(frame: pl.DataFrame) -> pl.DataFrame:
+    """Fills in the language of captions (ISO 639-1) where no table knows it; what stays unclear is `und`.
+
+    py3langid's model, which is fast and small; on captions of a few words it is often unsure.
+    """
+    from py3langid.langid import (  # type: ignore[import-untyped, unused-ignore]
+        MODEL_FILE,
+        LanguageIdentifier,
+    )
+
+    identifier = LanguageIdentifier.from_pickled_model(MODEL_FILE, norm_probs=True)
+
+    def identify(caption: str) -> str:
+        language, probability = identifier.classify(caption)
+        return str(language) if probability >= UNSURE else "und"
+
+    found = pl.col("caption").map_elements(identify, return_dtype=pl.String)
+    return frame.with_columns(language=pl.coalesce("language", found))
+
+
+# ---- command ---------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="shards, folders or brace patterns of them")
+    parser.add_argument(
+        "--rule",
+        action="append",
+        default=[],
+        metavar="SQL",
+        help="a condition that samples must meet, as in 'caption_words > 2 and width >= 200'; may come again; "
+        f"columns: {', '.join(name for name in FRAME_SCHEMA if name != 'place')}",
+    )
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="a known set of rules")
+    parser.add_argument(
+        "--any-language", action="store_true", help="leave the preset's rule on the language out"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="count, but write nothing")
+    add_copy_arguments(parser, required=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    rules = [*(PRESETS[args.preset] if args.preset else ()), *args.rule]
+    if args.any_language:
+        rules = [rule for rule in rules if not rule.startswith("language ")]
+    if not rules:
+        raise DataError("nothing to filter by: give --rule or --preset")
+    for rule in rules:  # before the long part
+        rule_expression(rule, pl.DataFrame(schema=FRAME_SCHEMA))
+    if args.output is None and not args.dry_run:
+        raise DataError("say --output DIR for the new shards, or --dry-run")
+    out = Path(args.output or os.devnull)
+    check_output(out, args.paths)
+    options = copy_options(args)
+    tars = expand_shards(args.paths)
+    rows = read_rows(tars, phash=False, processes=args.processes, label="filter")
+    frame = with_language(rows.frame) if any("language" in rule for rule in rules) else rows.frame
+    selection = select(frame, rules)
+    print(format_selection(selection, rows))
+    if args.dry_run:
+        return 0
+    if not selection.places:
+        raise DataError("no sample meets all rules; nothing was written")
+    languages = dict(zip(frame["place"].to_list(), frame["language"].to_list(), strict=True))
+    items = [
+        replace(
+            rows.inputs.items[place],
+            columns={**rows.inputs.items[place].columns, "language": languages[place]},
+        )
+        for place in selection.places
+    ]
+    inputs = replace(rows.inputs, items=items, stamp=f"{rows.inputs.stamp}\n{json.dumps(rules)}")
+    report = reshard_items(inputs, out, options, processes=args.processes, label="filter: write")
+    (out / "filter.json").write_text(
+        json.dumps(
+            {
+                "samples": selection.samples,
+                "kept": len(selection.places),
+                "rules": [asdict(count) for count in selection.counts],
+            },
+            indent=2,
+        ),
+        encoding="utf-8",
+    )
+    print_report(report, out)
+    return 0
+
+
+def format_selection(selection: Selection, rows: ShardRows) -> str:
+    lines = [f"{'met by':>12} {'alone drops':>12}  rule"]
+    for count in selection.counts:
+        lines.append(f"{count.passed:>12,} {count.only_this_dropped:>12,}  {count.rule}")
+    share = f" ({len(selection.places) / selection.samples:.1%})" if selection.samples else ""
+    lines.append(f"keeps {len(selection.places):,} of {selection.samples:,}{share}")
+    if rows.unusable:
+        lines.append(f"{len(rows.unusable):,} more have no image that can be read and are dropped")
+    return "\n".join(lines)
