@@ -1,0 +1,101 @@
+"""A pool of threads that turns encoded images into prepared ones, beside the device."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from serve.batching import Clock, deadline_exceeded
+from serve.errors import ErrorCode, ServeError
+from serve.images import ImageHeader, ImageLimits, decode_pixels, read_header
+from serve.runtime import Runtime, UInt8
+
+HEAVY_PIXELS = 4_000_000
+_DATA_URI = re.compile(r"data:[^,;]*(?:;[^,;]*)*;base64,", re.IGNORECASE)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Heavy:
+    """An image whose header was accepted and whose decode should wait for a heavy slot."""
+
+    data: bytes
+    header: ImageHeader
+
+
+class DecodePool:
+    """Small images are decoded as they come; large ones at most half of the threads at a time.
+
+    So a stream of huge images slows itself down and leaves threads for everybody else.
+    """
+
+    def __init__(
+        self,
+        num_threads: int,
+        limits: ImageLimits,
+        *,
+        observe: Callable[[float], None] = lambda seconds: None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.num_threads = num_threads
+        self._limits = limits
+        self._observe = observe
+        self._clock = clock
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+        self._heavy_slots = asyncio.Semaphore(max(1, num_threads // 2))
+
+    async def prepare(self, data: bytes | str, runtime: Runtime, *, deadline: float) -> UInt8:
+        """Encoded image (base64 where it is text) -> prepared image. Raises ServeError."""
+        result = await self.run(self._light, data, runtime, deadline=deadline)
+        if isinstance(result, _Heavy):
+            async with self._heavy_slots:
+                return await self.run(self._decode, result, runtime, deadline=deadline)
+        return result
+
+    async def run(self, function: Callable[..., T], *args: object, deadline: float) -> T:
+        """Run in the pool unless the deadline has passed by the time a thread is free."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, self._in_time, deadline, function, args
+        )
+
+    def _in_time(self, deadline: float, function: Callable[..., T], args: tuple[object, ...]) -> T:
+        started = self._clock()
+        if started >= deadline:
+            raise deadline_exceeded()
+        result = function(*args)
+        self._observe(self._clock() - started)
+        return result
+
+    def _light(self, data: bytes | str, runtime: Runtime) -> UInt8 | _Heavy:
+        raw = decode_base64(data) if isinstance(data, str) else data
+        header = read_header(raw, self._limits)
+        heavy = _Heavy(raw, header)
+        return heavy if header.pixels > HEAVY_PIXELS else self._decode(heavy, runtime)
+
+    def _decode(self, image: _Heavy, runtime: Runtime) -> UInt8:
+        return runtime.prepare_image(decode_pixels(image.data, image.header))
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+
+def decode_base64(text: str) -> bytes:
+    """The bytes of `data:image/...;base64,...` or of base64 alone. Raises ServeError base64_invalid."""
+    start = 0
+    if text[:5].lower() == "data:":
+        head = _DATA_URI.match(text)
+        if head is None:
+            message = "a data URI of an image looks like data:image/jpeg;base64,..."
+            raise ServeError(ErrorCode.BASE64_INVALID, message)
+        start = head.end()
+    try:
+        return base64.b64decode(text[start:], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ServeError(ErrorCode.BASE64_INVALID, "the image is not valid base64") from error

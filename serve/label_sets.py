@@ -1,0 +1,186 @@
+"""Registered label sets in an SQLite file, and the classifier matrices made of labels, shared while they are
+computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+import threading
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipstack.errors import ConfigError
+from serve.errors import ErrorCode, ServeError
+from serve.runtime import Float32
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    id: str
+    labels: tuple[str, ...]
+    templates: tuple[str, ...]
+
+
+class LabelSetStore:
+    """Label sets that survive a restart. Safe to call from several threads; every call is one small
+    transaction.
+    """
+
+    def __init__(self, path: Path, *, max_sets: int) -> None:
+        self._max_sets = max_sets
+        self._lock = threading.Lock()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=5.0)
+            self._prepare(path)
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(
+                f"label_set_file = {str(path)!r}: cannot be used as an SQLite file ({error}); "
+                "give a writable path"
+            ) from error
+
+    def _prepare(self, path: Path) -> None:
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version not in (0, FORMAT_VERSION):
+            raise ConfigError(
+                f"label_set_file = {str(path)!r}: written in format {version}, "
+                f"this server reads {FORMAT_VERSION}; "
+                "give another path or update clipstack"
+            )
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute(
+            "CREATE TABLE IF NOT EXISTS label_sets "
+            "(id TEXT PRIMARY KEY, labels TEXT NOT NULL, templates TEXT NOT NULL)"
+        )
+        self._db.execute(f"PRAGMA user_version={FORMAT_VERSION}")
+
+    def put(self, label_set: LabelSet) -> bool:
+        """Store under its id, in place of an older one. True where the id is new. Raises ServeError
+        too_many_items.
+        """
+        row = (label_set.id, json.dumps(label_set.labels), json.dumps(label_set.templates))
+        with self._lock:
+            known = self._db.execute("SELECT 1 FROM label_sets WHERE id = ?", row[:1]).fetchone() is not None
+            (count,) = self._db.execute("SELECT count(*) FROM label_sets").fetchone()
+            if not known and count >= self._max_sets:
+                message = f"this server keeps {self._max_sets} label sets; delete one first"
+                raise ServeError(ErrorCode.TOO_MANY_ITEMS, message)
+            self._db.execute("INSERT OR REPLACE INTO label_sets VALUES (?, ?, ?)", row)
+        return not known
+
+    def get(self, set_id: str) -> LabelSet:
+        """Raises ServeError label_set_not_found."""
+        with self._lock:
+            row = self._db.execute(
+                "SELECT id, labels, templates FROM label_sets WHERE id = ?", (set_id,)
+            ).fetchone()
+        if row is None:
+            raise _not_found()
+        return _from_row(row)
+
+    def delete(self, set_id: str) -> None:
+        """Raises ServeError label_set_not_found."""
+        with self._lock:
+            if self._db.execute("DELETE FROM label_sets WHERE id = ?", (set_id,)).rowcount == 0:
+                raise _not_found()
+
+    def list(self) -> list[LabelSet]:
+        """In order of their ids."""
+        with self._lock:
+            rows = self._db.execute("SELECT id, labels, templates FROM label_sets ORDER BY id").fetchall()
+        return [_from_row(row) for row in rows]
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+
+def _from_row(row: tuple[str, str, str]) -> LabelSet:
+    return LabelSet(row[0], tuple(json.loads(row[1])), tuple(json.loads(row[2])))
+
+
+def _not_found() -> ServeError:
+    return ServeError(ErrorCode.LABEL_SET_NOT_FOUND, "no label set of this id; GET /v1/label-sets lists them")
+
+
+@dataclass(frozen=True)
+class MatrixKey:
+    """What a classifier matrix depends on, and nothing else."""
+
+    fingerprint: str
+    labels: tuple[str, ...]
+    templates: tuple[str, ...]
+
+
+@dataclass
+class _Build:
+    task: asyncio.Task[Float32]
+    waiters: int = 0
+
+
+class MatrixCache:
+    """Classifier matrices (labels, D) by key, least recently used out first.
+
+    Requests for the same key share one computation. It is called off when the last of them has left, unless
+    it was asked to be kept (a registered label set will be wanted again).
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._size_bytes = 0
+        self._done: OrderedDict[MatrixKey, Float32] = OrderedDict()
+        self._building: dict[MatrixKey, _Build] = {}
+
+    def __contains__(self, key: MatrixKey) -> bool:
+        return key in self._done
+
+    async def get(self, key: MatrixKey, build: Callable[[], Awaitable[Float32]], *, keep: bool) -> Float32:
+        """The matrix of `key`, from memory, from a computation under way, or from `build`."""
+        matrix = self._done.get(key)
+        if matrix is not None:
+            self._done.move_to_end(key)
+            return matrix
+        entry = self._building.get(key)
+        if entry is None:
+            entry = self._building[key] = _Build(asyncio.ensure_future(self._build(key, build)))
+        entry.waiters += 1
+        try:
+            return await asyncio.shield(entry.task)
+        finally:
+            entry.waiters -= 1
+            if entry.waiters == 0 and not keep:
+                entry.task.cancel()
+
+    async def _build(self, key: MatrixKey, build: Callable[[], Awaitable[Float32]]) -> Float32:
+        try:
+            matrix = await build()
+        finally:
+            del self._building[key]
+        self._store(key, matrix)
+        return matrix
+
+    def _store(self, key: MatrixKey, matrix: Float32) -> None:
+        if matrix.nbytes > self._max_bytes:
+            return
+        self._done[key] = matrix
+        self._size_bytes += matrix.nbytes
+        while self._size_bytes > self._max_bytes:
+            _, old = self._done.popitem(last=False)
+            self._size_bytes -= old.nbytes
+
+    def forget(self, fingerprint: str) -> None:
+        """Drop the matrices of a model that is no longer served."""
+        for key in [key for key in self._done if key.fingerprint == fingerprint]:
+            self._size_bytes -= self._done.pop(key).nbytes
+
+    async def close(self) -> None:
+        tasks = [entry.task for entry in self._building.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

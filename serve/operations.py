@@ -1,0 +1,170 @@
+"""What the API does, without HTTP: embed, classify, compare. Each works on one leased version from start to
+end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from serve.batching import Budget
+from serve.errors import ErrorCode, ServeError
+from serve.items import Item
+from serve.label_sets import MatrixCache, MatrixKey
+from serve.runtime import Float32
+from serve.versions import Encoded, Version, until
+from serve.zero_shot import (
+    Float64,
+    Prediction,
+    classifier_matrix,
+    logits_of,
+    probabilities_of,
+    prompts_of,
+    top_predictions,
+)
+
+PROMPT_CHUNK = 64
+NEUTRAL_LABEL = ""
+
+
+@dataclass(frozen=True)
+class Classified:
+    predictions: list[list[Prediction]]
+    abstained: list[bool]
+    encoded: Encoded
+
+
+async def embed(
+    version: Version,
+    items: Sequence[Item],
+    budget: Budget,
+    *,
+    deadline: float,
+    truncate: bool,
+    param: str = "input",
+) -> Encoded:
+    """Vectors of the items. Raises ServeError."""
+    with budget.reserve(len(items), deadline=deadline):
+        return await version.encode(items, deadline=deadline, truncate=truncate, param=param)
+
+
+def shorten(encoded: Encoded, dimensions: int | None, version: Version) -> Encoded:
+    """The first `dimensions` components, unit-norm again. Raises ServeError where the model was not trained
+    for it.
+    """
+    if dimensions is None or dimensions == version.info.dimensions:
+        return encoded
+    check_dimensions(dimensions, version)
+    head = encoded.vectors[:, :dimensions]
+    unit = head / np.linalg.norm(head, axis=-1, keepdims=True)
+    return Encoded(unit, encoded.num_tokens, encoded.cut)
+
+
+def check_dimensions(dimensions: int | None, version: Version) -> None:
+    """Raises ServeError dimensions_unsupported."""
+    widths = (*version.info.nested_dimensions, version.info.dimensions)
+    if dimensions is not None and dimensions not in widths:
+        known = ", ".join(str(width) for width in sorted(set(widths)))
+        message = f"this model was not trained for {dimensions} dimensions; it has {known}"
+        raise ServeError(ErrorCode.DIMENSIONS_UNSUPPORTED, message, param="dimensions")
+
+
+@dataclass(frozen=True)
+class Question:
+    """How inputs are to be classified."""
+
+    labels: tuple[str, ...]
+    templates: tuple[str, ...]
+    is_registered: bool  # the labels are a label set's: their matrix is worth finishing when nobody waits
+    top_k: int
+    multi_label: bool
+    abstain_below: float | None
+
+
+async def classify(
+    version: Version,
+    items: Sequence[Item],
+    question: Question,
+    budget: Budget,
+    cache: MatrixCache,
+    *,
+    deadline: float,
+    truncate: bool,
+) -> Classified:
+    """Probabilities of the labels for each item. Raises ServeError."""
+    # A model trained with softmax says nothing of one label by itself. Beside the neutral prompt (the
+    # template with no
+    # label) it does: the probability is that of the label against "none in particular".
+    against_neutral = question.multi_label and version.info.probabilities == "softmax"
+    columns = (*question.labels, NEUTRAL_LABEL) if against_neutral else question.labels
+    key = MatrixKey(version.info.fingerprint, columns, question.templates)
+    num_prompts = 0 if key in cache else min(len(columns) * len(question.templates), PROMPT_CHUNK)
+    with budget.reserve(min(len(items) + num_prompts, budget.max_items), deadline=deadline):
+        async with until(deadline, version.clock):
+            matrix = await cache.get(key, build_matrix(version, key), keep=question.is_registered)
+        encoded = await version.encode(items, deadline=deadline, truncate=truncate, param="inputs")
+    logits = logits_of(encoded.vectors, matrix, version.info)
+    if against_neutral:
+        logits, neutral = logits[:, :-1], logits[:, -1:]
+        probabilities = probabilities_of(logits - neutral, "sigmoid")
+    else:
+        probabilities = probabilities_of(logits, version.info.probabilities)
+    return Classified(
+        [
+            top_predictions(*rows, question.labels, question.top_k)
+            for rows in zip(logits, probabilities, strict=True)
+        ],
+        abstentions(probabilities, question.abstain_below),
+        encoded,
+    )
+
+
+def abstentions(probabilities: Float64, below: float | None) -> list[bool]:
+    """(N, labels) -> for each input, whether even its best label is less probable than `below`."""
+    return [below is not None and float(row.max()) < below for row in probabilities]
+
+
+def build_matrix(version: Version, key: MatrixKey) -> Callable[[], Awaitable[Float32]]:
+    """A function that computes the classifier matrix of `key` through the version's own queue."""
+
+    async def build() -> Float32:
+        with version.lease():
+            prompts = prompts_of(key.labels, key.templates)
+            vectors = await version.encode_prompts(prompts, per_label=len(key.templates), chunk=PROMPT_CHUNK)
+        return classifier_matrix(vectors, num_templates=len(key.templates))
+
+    return build
+
+
+@dataclass(frozen=True)
+class Compared:
+    cosines: Float64  # (texts, images)
+    encoded: Encoded
+
+
+async def compare(
+    version: Version,
+    texts: Sequence[Item],
+    images: Sequence[Item],
+    budget: Budget,
+    *,
+    deadline: float,
+    truncate: bool,
+) -> Compared:
+    """Cosine of every text with every image. Raises ServeError whose param names texts[i] or images[i]."""
+    items = [*texts, *images]
+    try:
+        encoded = await embed(version, items, budget, deadline=deadline, truncate=truncate, param="item")
+    except ServeError as error:
+        if error.param is None:
+            raise
+        raise error.at(_two_lists(error.param, len(texts))) from error
+    vectors = encoded.vectors.astype(np.float64)
+    return Compared(vectors[: len(texts)] @ vectors[len(texts) :].T, encoded)
+
+
+def _two_lists(param: str, num_texts: int) -> str:
+    index = int(param.removeprefix("item[").removesuffix("]"))
+    return f"texts[{index}]" if index < num_texts else f"images[{index - num_texts}]"

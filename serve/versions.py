@@ -1,0 +1,315 @@
+"""A served model name, the version of it that answers now, and how a new version takes over without a request
+lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from clipstack.errors import ClipstackError
+from serve.batching import Batcher, BatchLimits, BatchObserver, Budget, Clock, Kind, deadline_exceeded
+from serve.decoding import DecodePool
+from serve.errors import ErrorCode, ServeError
+from serve.items import ImageItem, Item, TextItem
+from serve.runtime import Float32, Runtime, RuntimeLoader, TokenIds, Tokens, UInt8
+from serve.zero_shot import prompts_of
+
+logger = logging.getLogger("serve")
+
+CANARY_TEXT = "a photo of a canary"
+CANARY_TOLERANCE = 1e-3  # largest difference of any component; vectors are unit-norm
+# Texts up to these are tokenised in the event loop: cheaper than a trip to the pool.
+INLINE_TEXTS = 8
+INLINE_CHARS = 2000
+FOREVER = float("inf")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """vectors (N, D); num_tokens of all texts together; cut: indices of texts that were shortened, on
+    request.
+    """
+
+    vectors: Float32
+    num_tokens: int
+    cut: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Canary:
+    """Known inputs with the vectors that this version gave for them when it was accepted."""
+
+    image: UInt8
+    text: TokenIds
+    image_vector: Float32
+    text_vector: Float32
+
+
+class SelfTestError(ClipstackError):
+    """A freshly loaded model whose vectors are not what they must be."""
+
+
+def self_test(runtime: Runtime) -> Canary:
+    """Encode known inputs alone and among others. Raises SelfTestError unless the vectors hold together."""
+    image, text = canary_image(runtime), runtime.tokenize(CANARY_TEXT, truncate=True).ids
+    other = runtime.tokenize("something else, and longer, to stand beside it in the batch", truncate=True).ids
+    alone = np.concatenate([runtime.encode_images([image]), runtime.encode_texts([text])])
+    among = np.concatenate(
+        [runtime.encode_images([image[:, ::-1].copy(), image])[1:], runtime.encode_texts([other, text])[1:]]
+    )
+    if alone.shape != (2, runtime.info.dimensions):
+        raise SelfTestError(
+            f"self-test: vectors of shape {alone.shape[1:]}, not ({runtime.info.dimensions},)"
+        )
+    if not np.isfinite(alone).all():
+        raise SelfTestError("self-test: a vector holds values that are not numbers; the weights are damaged")
+    if np.abs(np.linalg.norm(alone, axis=-1) - 1).max() > CANARY_TOLERANCE:
+        raise SelfTestError("self-test: vectors are not unit-norm")
+    if np.abs(alone - among).max() > CANARY_TOLERANCE:
+        raise SelfTestError("self-test: a vector depends on what else is in its batch")
+    return Canary(image, text, alone[0], alone[1])
+
+
+def accept(runtime: Runtime) -> Canary:
+    """`self_test`, in which an engine that fails outright has failed the test."""
+    try:
+        return self_test(runtime)
+    except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
+        raise SelfTestError(f"self-test: the model cannot encode ({type(error).__name__})") from error
+
+
+def canary_image(runtime: Runtime) -> UInt8:
+    """A smooth picture with an edge in it, from a formula."""
+    rows, columns = np.mgrid[0:96, 0:128]
+    picture = np.stack([rows * 2, columns * 2, (rows * columns) % 256], axis=-1).astype(np.uint8)
+    picture[20:60, 30:70] = (250, 220, 20)
+    return runtime.prepare_image(picture)
+
+
+class Version:
+    """One loaded model with its queue. A request holds a lease on one version from its first item to its
+    reply.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        canary: Canary,
+        batcher: Batcher,
+        *,
+        decoder: DecodePool,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.runtime = runtime
+        self.info = runtime.info
+        self.canary = canary
+        self.batcher = batcher
+        self._decoder = decoder
+        self.clock = clock
+        self._leases = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @contextmanager
+    def lease(self) -> Iterator[Version]:
+        self._leases += 1
+        self._idle.clear()
+        try:
+            yield self
+        finally:
+            self._leases -= 1
+            if self._leases == 0:
+                self._idle.set()
+
+    async def drained(self) -> None:
+        """Return when no request holds this version."""
+        await self._idle.wait()
+
+    async def encode(self, items: Sequence[Item], *, deadline: float, truncate: bool, param: str) -> Encoded:
+        """Vectors of the items in their order. Raises the ServeError of the first item that fails, naming it.
+
+        Whatever ends this call (an error, the deadline, a client that left) withdraws its items from the
+        queue.
+        """
+        async with until(deadline, self.clock):
+            tokens = await self._tokenize(items, truncate=truncate, param=param, deadline=deadline)
+            slots = asyncio.Semaphore(self._decoder.num_threads)
+            parts = [
+                self._encode_text(tokens[index].ids, deadline)
+                if isinstance(item, TextItem)
+                else asyncio.ensure_future(self._encode_image(item, f"{param}[{index}]", slots, deadline))
+                for index, item in enumerate(items)
+            ]
+            vectors = await gather_or_withdraw(parts)
+        return Encoded(
+            vectors=np.stack(vectors),
+            num_tokens=sum(text.count for text in tokens.values()),
+            cut=tuple(index for index, text in tokens.items() if text.was_cut),
+        )
+
+    async def _tokenize(
+        self, items: Sequence[Item], *, truncate: bool, param: str, deadline: float
+    ) -> dict[int, Tokens]:
+        texts = {index: item.text for index, item in enumerate(items) if isinstance(item, TextItem)}
+        work = partial(
+            self._tokenize_all, texts, truncate=truncate, param_of=lambda index: f"{param}[{index}]"
+        )
+        if len(texts) <= INLINE_TEXTS and sum(map(len, texts.values())) <= INLINE_CHARS:
+            return work()
+        return await self._decoder.run(work, deadline=deadline)
+
+    def _tokenize_all(
+        self, texts: Mapping[int, str], *, truncate: bool, param_of: Callable[[int], str]
+    ) -> dict[int, Tokens]:
+        done = {}
+        for index, text in texts.items():
+            try:
+                done[index] = self.runtime.tokenize(text, truncate=truncate)
+            except ServeError as error:
+                raise error.at(param_of(index)) from error
+        return done
+
+    def _encode_text(self, ids: TokenIds, deadline: float) -> asyncio.Future[Float32]:
+        return self.batcher.submit(Kind.TEXT, ids, deadline=deadline)
+
+    async def _encode_image(
+        self, item: Item, param: str, slots: asyncio.Semaphore, deadline: float
+    ) -> Float32:
+        assert isinstance(item, ImageItem), "URLs are fetched before items are encoded"
+        try:
+            async with slots:
+                image = await self._decoder.prepare(item.data, self.runtime, deadline=deadline)
+            return await self.batcher.submit(Kind.IMAGE, image, deadline=deadline)
+        except ServeError as error:
+            raise error.at(param) from error
+
+    async def encode_prompts(self, prompts: Sequence[str], *, per_label: int, chunk: int) -> Float32:
+        """Prompts of a classifier, `per_label` for each label -> (N, D). No deadline.
+
+        A chunk at a time, so that they never fill the queue.
+        """
+        rows = []
+        for start in range(0, len(prompts), chunk):
+            texts = {index: prompts[index] for index in range(start, min(start + chunk, len(prompts)))}
+            tokens = await self._tokenize_prompts(texts, per_label=per_label, deadline=FOREVER)
+            rows += await gather_or_withdraw(
+                [self._encode_text(text.ids, FOREVER) for text in tokens.values()]
+            )
+        return np.stack(rows)
+
+    async def check_labels(self, labels: Sequence[str], templates: Sequence[str], *, deadline: float) -> None:
+        """Raises ServeError text_too_long naming a label that does not fit into the context with every
+        template.
+        """
+        longest = max(templates, key=len)
+        prompts = dict(enumerate(prompts_of(tuple(labels), (longest,))))
+        await self._tokenize_prompts(prompts, per_label=1, deadline=deadline)
+
+    async def _tokenize_prompts(
+        self, prompts: Mapping[int, str], *, per_label: int, deadline: float
+    ) -> dict[int, Tokens]:
+        name = partial(_label_param, per_label=per_label)
+        work = partial(self._tokenize_all, prompts, truncate=False, param_of=name)
+        return await self._decoder.run(work, deadline=deadline)
+
+    async def reproduces_canary(self, *, deadline: float) -> bool:
+        """Whether the known inputs, sent through the real queue, give their known vectors again."""
+        futures = [
+            self.batcher.submit(Kind.IMAGE, self.canary.image, deadline=deadline),
+            self.batcher.submit(Kind.TEXT, self.canary.text, deadline=deadline),
+        ]
+        async with until(deadline, self.clock):
+            image, text = await gather_or_withdraw(futures)
+        difference = max(
+            np.abs(image - self.canary.image_vector).max(), np.abs(text - self.canary.text_vector).max()
+        )
+        return bool(difference <= CANARY_TOLERANCE)
+
+
+def _label_param(prompt: int, *, per_label: int) -> str:
+    return f"labels[{prompt // per_label}]"
+
+
+@asynccontextmanager
+async def until(deadline: float, clock: Clock) -> AsyncIterator[None]:
+    """Raise ServeError deadline_exceeded when the body takes longer. An infinite deadline never passes."""
+    left_s = deadline - clock()
+    try:
+        async with asyncio.timeout(max(left_s, 0.0) if left_s != FOREVER else None):
+            yield
+    except TimeoutError as late:
+        raise deadline_exceeded() from late
+
+
+async def gather_or_withdraw(parts: Sequence[asyncio.Future[Float32]]) -> list[Float32]:
+    """All results in order; on the first failure, or when this call is cancelled, the others are cancelled."""
+    if len(parts) == 1:
+        return [await parts[0]]
+    try:
+        return await asyncio.gather(*parts)
+    finally:
+        for part in parts:
+            part.cancel()
+
+
+class ServedModel:
+    """One model name: its current version, its budget of outstanding items, and how to load it again."""
+
+    def __init__(
+        self,
+        name: str,
+        load: RuntimeLoader,
+        *,
+        budget: Budget,
+        device: Executor,
+        decoder: DecodePool,
+        limits: BatchLimits,
+        observer: BatchObserver,
+    ) -> None:
+        self.name = name
+        self.budget = budget
+        self._load = load
+        self._device = device
+        self._decoder = decoder
+        self._limits = limits
+        self._observer = observer
+        self._version: Version | None = None
+        self._reloading = asyncio.Lock()
+
+    @property
+    def version(self) -> Version:
+        """The version that answers now. Raises ServeError loading before there is one."""
+        if self._version is None:
+            raise ServeError(ErrorCode.LOADING, "the model is still loading", retry_after_s=1.0)
+        return self._version
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._version is not None
+
+    async def load(self) -> Version:
+        """Load, self-test, and put the new version in place; the old one, if any, answers until then.
+
+        Raises ClipstackError, with the old version still in place; ServeError reload_in_progress for a second
+        caller.
+        """
+        if self._reloading.locked():
+            raise ServeError(ErrorCode.RELOAD_IN_PROGRESS, "this model is being reloaded already")
+        async with self._reloading:
+            loop = asyncio.get_running_loop()
+            runtime = await asyncio.to_thread(self._load)
+            canary = await loop.run_in_executor(self._device, accept, runtime)
+            batcher = Batcher(runtime, device=self._device, limits=self._limits, observer=self._observer)
+            old, self._version = self._version, Version(runtime, canary, batcher, decoder=self._decoder)
+            if old is not None:
+                await old.drained()
+            return self._version

@@ -1,0 +1,41 @@
+"""Shared fixtures: apps around a fake runtime, in process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from serve.app import create_app
+from serve.settings import Settings
+
+from tests.serve.fakes import FakeRuntime
+
+MakeClient = Callable[..., TestClient]
+
+
+@pytest.fixture
+def runtime() -> FakeRuntime:
+    return FakeRuntime()
+
+
+@pytest.fixture
+def make_client(tmp_path: Path, runtime: FakeRuntime) -> Iterator[MakeClient]:
+    """Start an app with these settings; it stops with the test."""
+    with ExitStack() as stack:
+
+        def make(engine: Any = None, **values: Any) -> TestClient:
+            values = {"models": ("fake=unused",), "label_set_file": tmp_path / "sets.sqlite3", **values}
+            settings = Settings.model_validate(values)
+            return stack.enter_context(TestClient(create_app(settings, engine or runtime)))
+
+        yield make
+
+
+@pytest.fixture
+def client(make_client: MakeClient) -> TestClient:
+    return make_client()
