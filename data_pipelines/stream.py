@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -132,6 +132,8 @@ class ReadOptions:
     """How stored samples are read. `caption`: the member's ending, or a field of KEY.json."""
 
     caption: str = "txt"
+    captions: Literal["required", "optional", "ignored"] = "required"
+    """What a sample without a caption is: bad, or fine; "ignored" leaves captions unread."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
     removals: RemovalList = EMPTY
     cache_dir: Path | None = None
@@ -162,10 +164,8 @@ def make_manifest(sources: Sequence[tuple[Sequence[str], float]], cache_dir: Pat
 def _entry(url: str, cache_dir: Path | None) -> tuple[ShardEntry, list[BadSample]]:
     summary = ensure_summary(url, cache_dir)
     name = shard_name(url)
+    size_bytes(url)  # a shard that is missing is the user's mistake; one that shrank shows sample by sample
     damage = [BadSample(name, None, f"byte {item.offset}: {item.reason}") for item in summary.damage]
-    size = size_bytes(url)
-    if size != summary.tar_size:
-        damage.append(BadSample(name, None, f"{size} bytes, the index was made of {summary.tar_size}"))
     return ShardEntry(url, name, summary.num_samples, summary.digest), damage
 
 
@@ -220,7 +220,7 @@ class Reader:
             key=f"{entry.name}/{opened.index.keys[position]}",
             image=payloads[image_extension],
             image_digest=members[image_extension].digest,
-            captions=_captions(payloads, self.options.caption),
+            captions=_captions(payloads, self.options),
             class_index=_class_index(payloads),
         )
 
@@ -327,10 +327,13 @@ def _read_member(opened: _OpenShard, extension: str, span: Span) -> bytes:
     return data[start : start + span.size]
 
 
-def _captions(payloads: Mapping[str, bytes], wanted: str) -> tuple[str, ...]:
+def _captions(payloads: Mapping[str, bytes], options: ReadOptions) -> tuple[str, ...]:
     """All captions of a sample; training picks one, evaluation takes the first. Raises SampleError for
     none."""
-    found = _stored_captions(payloads, wanted)
+    wanted = options.caption
+    found = () if options.captions == "ignored" else _stored_captions(payloads, wanted)
+    if not found and options.captions != "required":
+        return ()
     if not found or not all(caption.strip() for caption in found):
         raise SampleError(
             f"no caption: neither .{wanted} nor a field of .json gives one" if not found else "empty caption"
@@ -457,9 +460,10 @@ class BadRate:
                 self.bad += 1
                 self.last = sample
         if self.last is not None and self.bad > self.limit * max(self.draws, MIN_DRAWS_FOR_RATE):
+            last = f"{self.last.shard}/{self.last.key} ({self.last.reason})"
             raise DataError(
-                f"data.max_bad_fraction = {self.limit}: {self.bad} of {self.draws} samples could not be used; "
-                f"the last: {self.last.shard}/{self.last.key} ({self.last.reason}); see quarantine.jsonl, "
+                f"data.max_bad_fraction = {self.limit}: {self.bad} of {self.draws} samples "
+                f"could not be used, the last of them {last}; see quarantine.jsonl, "
                 "or run `clipstack data verify` on the shards"
             )
 
