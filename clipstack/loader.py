@@ -10,10 +10,10 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from data_pipelines.stream import (
     Drawn,
     Manifest,
     Quarantine,
+    RawSample,
     Reader,
     ReadOptions,
     RemovedError,
@@ -136,9 +137,10 @@ class TrainLoader:
         names = {"manifest": "data.train (its shards)", "weights": "data.train (its weights)", "seed": "seed"}
         for name, value in self.state().items():
             if state.get(name) != value:
+                key = names.get(name, f"data.{name}")
                 raise ConfigError(
-                    f"{names.get(name, f'data.{name}')}: {value!r} now, {state.get(name)!r} when it was saved: "
-                    "the saved position in the data would mean other samples; put it back, or take another run.dir"
+                    f"{key}: {value!r} now, {state.get(name)!r} when the position in the data was saved, "
+                    "which would now mean other samples: put it back, or take another run.dir"
                 )
 
     def iterate(self, start_sample: int, skip: Sequence[tuple[int, int]] = ()) -> Iterator[Batch]:
@@ -159,12 +161,69 @@ class TrainLoader:
         self._workers.close()
 
 
+class EvalSamples(Protocol):
+    """Stored samples by position, as an evaluation reads them; workers get a copy."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+    @property
+    def damage(self) -> tuple[BadSample, ...]:
+        """What is known to be broken before any sample is read."""
+
+    @property
+    def max_image_pixels(self) -> int: ...
+
+    def read(self, sample: int) -> RawSample:
+        """Raises SampleError, ShardError."""
+
+    def place(self, sample: int) -> tuple[str, str]:
+        """(shard or folder, key), for a message about this sample."""
+
+
+class ShardSamples:
+    """The samples of indexed shards."""
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        config: DataConfig,
+        *,
+        captions: Literal["required", "optional", "ignored"] = "required",
+    ) -> None:
+        """Raises DataError."""
+        manifest = make_manifest([(paths, 1.0)], config.cache_dir)
+        self._reader = Reader(manifest, replace(read_options(config), captions=captions))
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._reader.manifest
+
+    @property
+    def num_samples(self) -> int:
+        return self.manifest.num_samples
+
+    @property
+    def damage(self) -> tuple[BadSample, ...]:
+        return self.manifest.damage
+
+    @property
+    def max_image_pixels(self) -> int:
+        return self._reader.options.max_image_pixels
+
+    def read(self, sample: int) -> RawSample:
+        return self._reader.read(sample)
+
+    def place(self, sample: int) -> tuple[str, str]:
+        return describe_place(self._reader, sample)
+
+
 class EvalLoader:
     """One ordered pass over a data set: each sample once over all ranks, every rank with as many batches."""
 
     def __init__(
         self,
-        paths: str | Sequence[str],
+        data: str | Sequence[str] | EvalSamples,
         *,
         config: DataConfig | None = None,
         preprocess: Preprocess,
@@ -172,24 +231,25 @@ class EvalLoader:
         world: World,
         workers: int | None = None,
     ) -> None:
-        """`batch_size`: samples a rank. `config` says how samples are read, and the workers. Raises
-        DataError."""
-        paths = (paths,) if isinstance(paths, str) else tuple(paths)
-        config = config or DataConfig(train=paths)
-        self.manifest = make_manifest([(paths, 1.0)], config.cache_dir)
-        self.bad: list[BadSample] = list(self.manifest.damage)
+        """`data`: shards, or samples that lie elsewhere. `batch_size`: samples a rank. `config` says how
+        shards are read, how many samples may be bad, and the workers. Raises DataError."""
+        config = config or DataConfig(train=".")
+        if isinstance(data, str):
+            data = (data,)
+        self.samples = ShardSamples(tuple(data), config) if isinstance(data, Sequence) else data
+        self.bad: list[BadSample] = list(self.samples.damage)
         """What could not be used, of this rank's share; known once the pass is done."""
         self._batch_size, self._world = batch_size, world
         self._limit = config.max_bad_fraction
         self._workers = _Workers(
-            _EvalBatches(Reader(self.manifest, read_options(config)), preprocess),
+            _EvalBatches(self.samples, preprocess),
             config.workers if workers is None else workers,
             pin_memory=world.device.type == "cuda",
         )
 
     @property
     def num_samples(self) -> int:
-        return self.manifest.num_samples
+        return self.samples.num_samples
 
     def __len__(self) -> int:
         """Batches that each rank gets."""
@@ -278,7 +338,7 @@ class _TrainBatches(Dataset[_Made]):
 
 @dataclass
 class _EvalBatches(Dataset[_Made]):
-    reader: Reader
+    samples: EvalSamples
     preprocess: Preprocess
 
     def __getitem__(self, ranges: Ranges) -> _Made:
@@ -286,7 +346,7 @@ class _EvalBatches(Dataset[_Made]):
         rows: list[tuple[Tensor, tuple[str, ...], int, bool, str]] = []
         bad: list[BadSample] = []
         for sample in range(first, last):
-            row = self._row(sample, bad) if sample < self.reader.manifest.num_samples else None
+            row = self._row(sample, bad) if sample < self.samples.num_samples else None
             rows.append(
                 row or (torch.zeros((3, *self.preprocess.image_size), dtype=torch.uint8), (), -1, False, "")
             )
@@ -304,14 +364,12 @@ class _EvalBatches(Dataset[_Made]):
     def _row(
         self, sample: int, bad: list[BadSample]
     ) -> tuple[Tensor, tuple[str, ...], int, bool, str] | None:
-        options = self.reader.options
         try:
-            raw = self.reader.read(sample)
-            image = open_image(raw.image, max_pixels=options.max_image_pixels)
+            raw = self.samples.read(sample)
+            image = open_image(raw.image, max_pixels=self.samples.max_image_pixels)
         except (SampleError, ShardError) as error:
-            bad.append(
-                BadSample(*describe_place(self.reader, sample), str(error), isinstance(error, RemovedError))
-            )
+            place = self.samples.place(sample)
+            bad.append(BadSample(*place, str(error), isinstance(error, RemovedError)))
             return None
         return self.preprocess.eval_pixels(image), raw.captions, raw.class_index, True, raw.key
 
