@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, assert_never
+import os
+from collections.abc import Mapping
+from typing import Any, Protocol, assert_never
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from clipstack.errors import ConfigError
-from clipstack.losses.rows import RowLoss
-from clipstack.losses.tiles import DEFAULT_TILE, Exclusions, Kappas, PairSums, Plan, accumulation_dtype, dual_lse
+from clipstack.errors import CheckpointError, ConfigError
+from clipstack.losses.image_image import image_image_loss
+from clipstack.losses.individual import IndividualPairs
+from clipstack.losses.inputs import Inputs, NonFiniteError, check
+from clipstack.losses.sigmoid import SigmoidPairs
+from clipstack.losses.softmax import SoftmaxPairs
+from clipstack.losses.tiles import DEFAULT_TILE
+from clipstack.losses.triton_tiles import require_triton
 from clipstack.losses.types import Embeddings, LossOutput
 from clipstack.objective_config import (
     ClipObjective,
@@ -18,34 +24,59 @@ from clipstack.objective_config import (
     DebiasedObjective,
     HardNegativeObjective,
     ObjectiveConfig,
+    SiglipObjective,
+    parse_objective,
 )
 from clipstack.world import World, current_world
 
+STATE_VERSION = 1
+
+
+class PairLoss(Protocol):
+    """A loss over all image-text pairs, with the state that it carries from step to step."""
+
+    def __call__(self, inputs: Inputs, progress: float) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def after_step(self, inputs: Inputs) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
 
 def build_objective(
-    config: ObjectiveConfig | dict[str, Any], world: World | None = None, *, tile: tuple[int, int] = DEFAULT_TILE
+    config: ObjectiveConfig | Mapping[str, Any],
+    world: World | None = None,
+    *,
+    tile: tuple[int, int] = DEFAULT_TILE,
+    triton: bool | None = None,
 ) -> Objective:
-    """The objective that a recipe's `objective` table (or a dict like {"name": "clip"}) describes.
+    """The objective that a recipe's `objective` table, or a dict like {"name": "clip"}, describes.
 
-    world: who takes part; the default process group where None. tile: (rows, columns) of one block of pairs: memory against speed.
-    Raises ConfigError naming the field that is wrong.
+    world: who takes part; the default process group where None. tile: rows and columns of one block of pairs, memory against
+    speed. triton: use the CUDA kernels; where None, if the environment has CLIPSTACK_TRITON=1. Raises ConfigError naming the
+    field that is wrong.
     """
-    if isinstance(config, dict):
-        try:
-            config = TypeAdapter[Any](ObjectiveConfig).validate_python(config)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise ConfigError(f"objective.{first['loc']} = {first['input']!r}: {first['msg']}") from error
-    return Objective(config, current_world() if world is None else world, tile)
+    if isinstance(config, Mapping):
+        config = parse_objective(config)
+    if min(tile) < 1:
+        raise ConfigError(f"tile = {tile}: give two numbers of at least 1")
+    world = current_world() if world is None else world
+    use_triton = os.environ.get("CLIPSTACK_TRITON") == "1" if triton is None else triton
+    if use_triton:
+        require_triton(world.device)
+    return Objective(config, world, tile=tile, triton=use_triton)
 
 
 class Objective:
-    """One configured objective. Call it once on all features of a step, on every rank."""
+    """One configured objective: call it once a step, on every rank, on all of the rank's features.
 
-    def __init__(self, config: ObjectiveConfig, world: World, tile: tuple[int, int]) -> None:
+    The total is the mean over this rank's own anchors. Averaging parameter gradients over ranks, as data parallelism does,
+    then gives exactly the gradient of the loss on the global batch, logit_scale included: no other factor is needed.
+    """
+
+    def __init__(self, config: ObjectiveConfig, world: World, *, tile: tuple[int, int], triton: bool) -> None:
         self.config = config
-        self.world = world
-        self.tile = tile
+        self._world = world
+        self._tile = tile
+        self._pairs = _pair_loss(config, triton=triton)
 
     def __call__(
         self,
@@ -54,69 +85,57 @@ class Objective:
         sample_index: Tensor | None = None,
         progress: float = 1.0,
     ) -> LossOutput:
-        acc = accumulation_dtype(embeddings.image.dtype)
-        scale = embeddings.logit_scale.to(acc).exp()
-        row_loss = row_loss_at(self.config, progress)
-        plain = RowLoss()
-        exclusions = self._exclusions(embeddings, sample_ids)
-        kappas = row_loss.kappas(float(scale.detach()))
-        table = torch.tensor([[k for k, _ in (*kappas, *plain.kappas(float(scale.detach())))]], dtype=acc, device=scale.device)
-        plan = Plan(exclusions, Kappas(table, table, tuple(m for _, m in kappas)), self.world)
-        rows, cols = dual_lse(embeddings.image, embeddings.text, scale, plan)
-        positive = scale * (embeddings.image.to(acc) * embeddings.text.to(acc)).sum(1)
+        """total () to differentiate, and detached scalars to log. Collective, forward and backward.
 
-        def mean_over_anchors(loss: RowLoss, pick: slice) -> Tensor:
-            def one(side: PairSums) -> Tensor:
-                return loss(positive, side.lse[:, pick], side.count, scale).mean()
-
-            return 0.5 * (one(rows) + one(cols))
-
-        total = mean_over_anchors(row_loss, slice(0, len(kappas)))
-        with torch.no_grad():
-            clip_loss = mean_over_anchors(plain, slice(-1, None))
-        terms = {"loss": total.detach(), "clip_loss": clip_loss, "logit_scale": scale.detach()}
+        sample_ids: (B, C) int64, equal in any column means: not a negative; (B', C) with a row for each caption is allowed
+        where captions have owners. sample_index: (B,) int64, position in the data set, for state kept by sample. progress:
+        share of the training done, for schedules. Queues and running normalisers move on only where gradients are recorded.
+        Raises EmbeddingsError, on all ranks, for what no objective can use; NonFiniteError among them for NaN and infinity.
+        """
+        if not 0.0 <= progress <= 1.0:
+            raise ConfigError(f"progress = {progress}: must lie in [0, 1]; give the share of the training that is done")
+        inputs = check(
+            embeddings, sample_ids, sample_index,
+            world=self._world, tile=self._tile, mask_duplicates=self.config.mask_duplicates,
+        )  # fmt: skip
+        total, terms = self._pairs(inputs, progress)
+        if self.config.image_image is not None:
+            image_image = image_image_loss(inputs, self.config.image_image.temperature)
+            total = total + self.config.image_image.weight * image_image
+            terms["image_image_loss"] = image_image.detach()
+        terms = {"loss": total.detach(), **terms}
+        if not torch.isfinite(total):
+            raise NonFiniteError(f"non-finite loss {total.item()} of {self.config.name}: lower the learning rate")
+        if torch.is_grad_enabled():
+            self._pairs.after_step(inputs)
         return LossOutput(total, terms)
 
     def state_dict(self) -> dict[str, Any]:
-        """What must survive a resume."""
-        return {}
+        """What must survive a resume: the same on all ranks, and good for any number of them."""
+        return {"version": STATE_VERSION, "name": self.config.name, **self._pairs.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the state that `state_dict` of an equally configured objective gave."""
-
-    def _exclusions(self, embeddings: Embeddings, sample_ids: Tensor | None) -> Exclusions:
-        own = torch.arange(len(embeddings.image), device=embeddings.image.device) + self.world.rank * len(embeddings.image)
-        columns = [own]
-        if sample_ids is not None and self.config.mask_duplicates:
-            ids = sample_ids if sample_ids.dim() == 2 else sample_ids[:, None]
-            columns += list(ids.to(own.device).unbind(1))
-        everyone = self.world.all_gather(torch.stack(columns, 1)).unbind(1)  # collective
-        return Exclusions([(mine, all_.contiguous()) for mine, all_ in zip(columns, everyone, strict=True)], self.tile)
-
-
-def row_loss_at(config: ObjectiveConfig, progress: float) -> RowLoss:
-    """The row loss of a configuration at a share of the training."""
-    match config:
-        case ClipObjective():
-            return RowLoss()
-        case DclObjective():
-            return RowLoss(alpha=0.0)
-        case DebiasedObjective():
-            return RowLoss(tau_plus=config.tau_plus)
-        case HardNegativeObjective():
-            return RowLoss(
-                beta=config.beta * _ramp(progress, config.warmup_fraction, config.ramp_fraction),
-                tau_plus=config.tau_plus,
-                alpha=config.alpha,
-                cosine=config.beta_mode == "cosine",
-                detach_weights=config.detach_weights,
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the state of an equally configured objective. Raises CheckpointError where it is another's."""
+        mine = self.state_dict()
+        if state.get("version") != STATE_VERSION:
+            raise CheckpointError(
+                f"objective state: version {state.get('version')}, this clipstack reads {STATE_VERSION}; use the one that wrote it"
             )
+        if state.get("name") != self.config.name or state.keys() != mine.keys():
+            raise CheckpointError(
+                f"objective state: written by {state.get('name')!r} with {sorted(state)}, the recipe's objective is "
+                f"{self.config.name!r} with {sorted(mine)}; resume with the recipe of the checkpoint"
+            )
+        self._pairs.load_state_dict({key: value for key, value in state.items() if key not in ("version", "name")})
+
+
+def _pair_loss(config: ObjectiveConfig, *, triton: bool) -> PairLoss:
+    match config:
+        case ClipObjective(individual_temperature=individual) if individual is not None:
+            return IndividualPairs(individual)
+        case ClipObjective() | HardNegativeObjective() | DebiasedObjective() | DclObjective():
+            return SoftmaxPairs(config, triton=triton)
+        case SiglipObjective():
+            return SigmoidPairs()
         case _:
             assert_never(config)
-
-
-def _ramp(progress: float, warmup: float, ramp: float) -> float:
-    """0 during the warm-up, then linearly to 1 over the ramp."""
-    if progress < warmup:
-        return 0.0
-    return min(1.0, (progress - warmup) / ramp) if ramp > 0 else 1.0

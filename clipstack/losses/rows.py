@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clipstack.losses.tiles import EMPTY
+from clipstack.losses.tile_math import EMPTY
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,26 @@ class RowLoss:
         log_negatives = torch.maximum(kept / (1.0 - self.tau_plus), floor).log() + shift
         return torch.where(count > 0, log_negatives, EMPTY)
 
-    def __call__(self, positive: Tensor, lse: Tensor, count: Tensor, scale: Tensor) -> Tensor:
-        """positive: (B,) scaled logits z_ii; lse: (B, K); count: (B,); scale: () -> loss of each anchor, (B,).
+    def __call__(
+        self,
+        positive: Tensor,
+        lse: Tensor,
+        count: Tensor,
+        scale: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        total: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of each anchor, (A,). An anchor without a single negative costs nothing.
 
-        An anchor without a single negative costs nothing.
+        positive: (A,) scaled logits z_ii; lse: (A, K); count: (A,); scale: (). With label smoothing, the target is spread
+        over the positive and all negatives, whose scaled logits sum to `total` (A,).
         """
-        log_r = self.log_sampled(lse, count, float(scale.detach()))
+        log_r = self.log_sampled(lse, count, scale.item())
         log_negatives = self.log_debiased(log_r, positive, count, scale)
+        target = positive
+        if label_smoothing > 0.0 and total is not None:
+            target = (1 - label_smoothing) * positive + label_smoothing * (positive + total) / (count + 1)
         if self.alpha == 0.0:
-            return torch.where(count > 0, log_negatives - positive, 0.0 * positive)
-        return torch.logaddexp(positive + math.log(self.alpha), log_negatives) - positive
+            return torch.where(count > 0, log_negatives - target, 0.0 * positive)
+        return torch.logaddexp(positive + math.log(self.alpha), log_negatives) - target

@@ -1,12 +1,12 @@
-"""The tiled engine: log-sum-exp over all pairs of rows and columns, without ever storing the matrix of pairs.
+"""The tiled engine: sums over all pairs of rows and columns, without ever storing the matrix of pairs.
 
 Rows are this rank's features (B, D); columns are gathered from all ranks (N, D). One pass over tiles of C = U V^T serves
 both directions. What is kept between forward and backward is O(N (D + K)); the backward pass computes each tile again.
+The arithmetic inside one tile is in tile_math.py (torch) and triton_tiles.py (CUDA).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,13 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from clipstack.losses.tile_math import EMPTY, Exponent, ExponentGradient, Tile, TileBackend, TorchTiles
+from clipstack.losses.triton_tiles import TritonTiles
 from clipstack.world import World
-
-EMPTY = -1e30
-"""The log of an empty sum: finite, so that gradients of empty rows are zero and never NaN."""
-
-SAFE_SPAN = 80.0
-"""exp() of a difference below this neither overflows nor vanishes in fp32."""
 
 DEFAULT_TILE = (1024, 2048)
 
@@ -33,18 +29,16 @@ class Exclusions:
     A mask is built only for the tiles in which some id can meet; usually those on the diagonal.
     """
 
-    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], tile: tuple[int, int]) -> None:
-        """`pairs`: (row ids (B,), column ids (N,)), both int64 and of one meaning; at least one such pair."""
-        self.pairs = pairs
+    def __init__(self, row_ids: Tensor, col_ids: Tensor, tile: tuple[int, int]) -> None:
+        """row_ids: (B, R), col_ids: (N, R) int64: a row and a column are excluded if any of the R ids agrees."""
         self.tile = tile
-        self._meets = self._tiles_that_meet().tolist()
+        self._pairs = [(r.contiguous(), c.contiguous()) for r, c in zip(row_ids.T, col_ids.T, strict=True)]
+        self._meets: list[list[bool]] = self._tiles_that_meet(len(row_ids), len(col_ids), row_ids.device).tolist()
 
-    def _tiles_that_meet(self) -> Tensor:
+    def _tiles_that_meet(self, rows: int, cols: int, device: torch.device) -> Tensor:
         """(row tiles, column tiles) bool: some id of the row tile is also in the column tile."""
-        rows, cols = len(self.pairs[0][0]), len(self.pairs[0][1])
-        device = self.pairs[0][0].device
         meets = torch.zeros(-(-rows // self.tile[0]), -(-cols // self.tile[1]), device=device)
-        for row_ids, col_ids in self.pairs:
+        for row_ids, col_ids in self._pairs:
             groups, index = torch.unique(torch.cat([row_ids, col_ids]), return_inverse=True)
             in_row_tile = torch.zeros(meets.shape[0], len(groups), device=device)
             in_col_tile = torch.zeros(meets.shape[1], len(groups), device=device)
@@ -53,244 +47,246 @@ class Exclusions:
             meets += in_row_tile @ in_col_tile.T
         return meets > 0
 
-    def mask(self, row_tile: slice, col_tile: slice) -> Tensor | None:
+    def mask(self, tile: Tile) -> Tensor | None:
         """True where a pair is excluded; None where no id of this tile meets another."""
-        if not self._meets[row_tile.start // self.tile[0]][col_tile.start // self.tile[1]]:
+        if not self._meets[tile.rows.start // self.tile[0]][tile.cols.start // self.tile[1]]:
             return None
-        row_ids, col_ids = self.pairs[0]
-        excluded = row_ids[row_tile, None] == col_ids[None, col_tile]
-        for row_ids, col_ids in self.pairs[1:]:
-            excluded |= row_ids[row_tile, None] == col_ids[None, col_tile]
+        excluded: Tensor | None = None
+        for row_ids, col_ids in self._pairs:
+            same = row_ids[tile.rows, None] == col_ids[None, tile.cols]
+            excluded = same if excluded is None else excluded.logical_or_(same)
         return excluded
 
 
-@dataclass(frozen=True)
-class Kappas:
-    """The inverse temperatures that log-sum-exps are taken at.
-
-    rows: (1 or B, K), columns: (1 or B', K): plain numbers, no gradient flows to them. The gradient of the scale is found
-    from `multiples`: rows[:, k] = multiples[k] * scale + a constant. The first len(multiples) of the K are differentiable;
-    the rest are measured only.
-    """
-
-    rows: Tensor
-    cols: Tensor
-    multiples: tuple[float, ...]
-
-    @property
-    def shared(self) -> bool:
-        """One temperature for all rows and columns, so that one exp can serve both directions."""
-        return self.rows.shape[0] == 1 and self.rows is self.cols
-
-
 class PairSums(NamedTuple):
-    """What one anchor sees of its negatives. lse: (B, K). total: (B,) sum of cosines, or zeros when not asked for.
-    count: (B,) how many negatives. hardest: (B,) largest cosine of a negative; EMPTY where there is none."""
+    """What each anchor sees of its negatives, (A, ...) for A anchors.
+
+    lse: (A, K) log sum exp(kappa_k c). total: (A,) sum of cosines. softplus: (A,) sum of softplus(scale c + bias).
+    count: (A,) how many negatives. hardest: (A,) largest cosine of a negative, EMPTY without one.
+    total and softplus are zero where the plan does not ask for them; softplus is summed for rows alone.
+    """
 
     lse: Tensor
     total: Tensor
+    softplus: Tensor
     count: Tensor
     hardest: Tensor
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one pass over the pairs is made. `two_sided`: also reduce over the rows, for each column."""
+    """What one pass over the pairs computes.
+
+    graded: log-sum-exps with gradients; measured: more of them, for logs alone. owner: (B',) the row of each own column's
+    positive, None where column i belongs to row i; paired: False where columns are nobody's positives, such as a queue's.
+    two_sided: reduce over the rows too, for each column. linear: sum the cosines. softplus: (scale, bias) of the pointwise
+    reducer. triton: use the CUDA kernels where they can do what is asked.
+    """
 
     exclusions: Exclusions
-    kappas: Kappas
+    graded: tuple[Exponent, ...] = ()
+    measured: tuple[Exponent, ...] = ()
     world: World = field(default_factory=World)
+    owner: Tensor | None = None
+    paired: bool = True
     two_sided: bool = True
     linear: bool = False
+    softplus: tuple[float, float] | None = None
+    triton: bool = False
+
+    @property
+    def exponents(self) -> tuple[Exponent, ...]:
+        return self.graded + self.measured
+
+    def backend(self, u: Tensor, v: Tensor) -> TileBackend:
+        """The arithmetic for tiles of these features. The Triton kernels know shared temperatures alone."""
+        plain = all(exponent.shared is not None for exponent in self.exponents)
+        if self.triton and plain and not self.linear and self.softplus is None and u.dtype != torch.float64:
+            return TritonTiles(u, v, self.exponents, self.graded)
+        return TorchTiles(u, v, self.exclusions.tile, self.exponents, linear=self.linear, softplus=self.softplus)
+
+
+def reduce_pairs(
+    u: Tensor, v: Tensor, scale: Tensor, plan: Plan, bias: Tensor | None = None
+) -> tuple[Tensor, PairSums, PairSums]:
+    """(cosines of the positives (B',) or (0,), sums of the rows (B, ...), sums of the columns (B', ...)) over the pairs of all ranks.
+
+    u: (B, D), v: (B', D): this rank's rows and columns, equal shapes on all ranks, |cosine| <= 1; scale, bias: ().
+    Differentiable in u, v, scale and bias; each rank's gradients are its share of the sum-adjoint, so that averaging
+    parameter gradients over ranks gives those of the mean over all anchors. fp16, bf16 and fp32 features are accumulated in
+    fp32, fp64 in fp64. Collective, forward and backward.
+    """
+    out = _PairReduction.apply(u, v, scale, u.new_zeros(()) if bias is None else bias, plan)  # type: ignore[no-untyped-call]
+    return out[0], PairSums(*out[1:6]), PairSums(*out[6:11])
 
 
 def dual_lse(u: Tensor, v: Tensor, scale: Tensor, plan: Plan) -> tuple[PairSums, PairSums]:
-    """log sum_{j in Neg(i)} exp(kappa c_ij) for each row i over all columns of all ranks, and the same for each column.
-
-    u: (B, D), v: (B', D): this rank's rows and columns, equal shapes on all ranks; scale: (). Differentiable in u, v and
-    scale; gradients follow the sum-adjoint, so averaging them over ranks gives those of the mean over all anchors.
-    fp16 and bf16 features are accumulated in fp32, fp64 in fp64. Collective in both directions.
-    """
-    out = _DualLse.apply(u, v, scale, plan)
-    return PairSums(*out[:4]), PairSums(*out[4:])
+    """log sum_{j in Neg(i)} exp(kappa c_ij) of each row over all columns of all ranks, and the same of each column."""
+    _, rows, cols = reduce_pairs(u, v, scale, plan)
+    return rows, cols
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _tiles(rows: int, cols: int, tile: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
+def tiles_of(rows: int, cols: int, tile: tuple[int, int]) -> Iterator[Tile]:
     for i in range(0, rows, tile[0]):
         for j in range(0, cols, tile[1]):
-            yield slice(i, min(i + tile[0], rows)), slice(j, min(j + tile[1], cols))
-
-
-def _pick(kappa: Tensor, k: int, part: slice) -> Tensor:
-    """(1 or B, K) -> (1 or tile,): the k-th kappa of a part of the anchors."""
-    return kappa[:, k] if kappa.shape[0] == 1 else kappa[part, k]
-
-
-class _Workspace:
-    """Two buffers of one tile each, so that the loop over tiles allocates nothing of that size."""
-
-    def __init__(self, u: Tensor, v: Tensor, tile: tuple[int, int]) -> None:
-        self.u, self.v = u, v
-        size = min(tile[0], len(u)) * min(tile[1], len(v))
-        self._cosines, self._scratch = (u.new_empty(size) for _ in range(2))
-
-    def cosines(self, row_tile: slice, col_tile: slice) -> tuple[Tensor, Tensor]:
-        """(C, scratch of the same shape) for a tile."""
-        rows, cols = self.u[row_tile], self.v[col_tile]
-        shape = (len(rows), len(cols))
-        cosines = self._cosines[: math.prod(shape)].view(shape)
-        torch.mm(rows, cols.T, out=cosines)
-        return cosines, self._scratch[: math.prod(shape)].view(shape)
+            yield Tile(slice(i, min(i + tile[0], rows)), slice(j, min(j + tile[1], cols)))
 
 
 class _Running:
-    """Running sums of one direction while tiles go by."""
+    """The sums of one direction while tiles go by."""
 
-    def __init__(self, anchors: int, num_kappas: int, like: Tensor) -> None:
-        self.lse = like.new_full((anchors, num_kappas), EMPTY)
-        self.total = like.new_zeros(anchors)
-        self.excluded = like.new_zeros(anchors)
+    def __init__(self, anchors: int, num_exponents: int, like: Tensor) -> None:
+        self.lse = like.new_full((anchors, num_exponents), EMPTY)
+        self.total, self.softplus, self.excluded = (like.new_zeros(anchors) for _ in range(3))
         self.hardest = like.new_full((anchors,), EMPTY)
 
-    def add_lse(self, part: slice, k: int, log_shift: Tensor | float, sums: Tensor) -> None:
-        """lse (+)= log_shift + log(sums), where a sum of zero adds nothing."""
-        tile_lse = torch.where(sums > 0, sums.log() + log_shift, EMPTY)
-        self.lse[part, k] = torch.logaddexp(self.lse[part, k], tile_lse)
+    def add(self, part: slice, lse: Tensor, hardest: Tensor) -> None:
+        torch.logaddexp(self.lse[part], lse, out=self.lse[part])
+        torch.maximum(self.hardest[part], hardest, out=self.hardest[part])
 
 
-def _reduce_tiles(u: Tensor, v: Tensor, plan: Plan, col_kappas: Tensor) -> tuple[_Running, _Running]:
-    """One pass over this rank's rows and all columns; the columns' sums are partial: over this rank's rows only."""
-    num_kappas = plan.kappas.rows.shape[1]
-    rows, cols = _Running(len(u), num_kappas, u), _Running(len(v), num_kappas, u)
-    workspace = _Workspace(u, v, plan.exclusions.tile)
-    for row_tile, col_tile in _tiles(len(u), len(v), plan.exclusions.tile):
-        cosines, scratch = workspace.cosines(row_tile, col_tile)
-        excluded = plan.exclusions.mask(row_tile, col_tile)
+def _reduce_tiles(u: Tensor, v: Tensor, plan: Plan, acc: torch.dtype) -> tuple[_Running, _Running]:
+    """One pass over this rank's rows and all columns; the columns' sums are partial: over this rank's rows alone."""
+    like = u.new_empty((), dtype=acc)
+    rows = _Running(len(u), len(plan.exponents), like)
+    cols = _Running(len(v), len(plan.exponents), like)
+    backend = plan.backend(u, v)
+    for tile in tiles_of(len(u), len(v), plan.exclusions.tile):
+        excluded = plan.exclusions.mask(tile)
+        sums = backend.sums(tile, excluded, two_sided=plan.two_sided)
+        rows.add(tile.rows, sums.row_lse, sums.row_max)
+        if plan.two_sided:
+            cols.add(tile.cols, sums.col_lse, sums.col_max)
         if excluded is not None:
-            rows.excluded[row_tile] += excluded.sum(1)
-            cols.excluded[col_tile] += excluded.sum(0)
+            rows.excluded[tile.rows] += excluded.sum(1)
+            cols.excluded[tile.cols] += excluded.sum(0)
         if plan.linear:
-            kept = cosines if excluded is None else torch.masked_fill(cosines, excluded, 0.0)
-            rows.total[row_tile] += kept.sum(1)
-            cols.total[col_tile] += kept.sum(0)
-        if excluded is not None:
-            cosines.masked_fill_(excluded, -math.inf)
-        row_max, col_max = cosines.amax(1), cosines.amax(0)
-        torch.maximum(rows.hardest[row_tile], row_max, out=rows.hardest[row_tile])
-        torch.maximum(cols.hardest[col_tile], col_max, out=cols.hardest[col_tile])
-        _add_exponentials(
-            rows, cols, (row_tile, col_tile), cosines, scratch, plan, col_kappas, (row_max, col_max)
-        )
+            rows.total[tile.rows] += sums.row_total
+            cols.total[tile.cols] += sums.col_total
+        if plan.softplus is not None:
+            rows.softplus[tile.rows] += sums.row_softplus
     return rows, cols
 
 
-def _add_exponentials(
-    rows: _Running,
-    cols: _Running,
-    part: tuple[slice, slice],
-    cosines: Tensor,
-    scratch: Tensor,
-    plan: Plan,
-    col_kappas: Tensor,
-    maxima: tuple[Tensor, Tensor],
-) -> None:
-    row_max, col_max = (torch.where(m > EMPTY, m, 0.0) for m in maxima)
-    for k in range(plan.kappas.rows.shape[1]):
-        row_kappa, col_kappa = _pick(plan.kappas.rows, k, part[0]), _pick(col_kappas, k, part[1])
-        if plan.kappas.shared:
-            kappa = float(row_kappa)
-            top = float(row_max.max())
-            bottom = float(torch.minimum(row_max.min(), col_max.min()))
-            if kappa * (top - bottom) < SAFE_SPAN / 2:
-                torch.mul(cosines, kappa, out=scratch).sub_(kappa * top).exp_()
-                rows.add_lse(part[0], k, kappa * top, scratch.sum(1))
-                cols.add_lse(part[1], k, kappa * top, scratch.sum(0))
-                continue
-        torch.sub(cosines, row_max[:, None], out=scratch).mul_(row_kappa[:, None]).exp_()
-        rows.add_lse(part[0], k, row_kappa * row_max, scratch.sum(1))
-        if plan.two_sided:
-            torch.sub(cosines, col_max[None, :], out=scratch).mul_(col_kappa[None, :]).exp_()
-            cols.add_lse(part[1], k, col_kappa * col_max, scratch.sum(0))
-
-
-class _DualLse(torch.autograd.Function):
+class _PairReduction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, u: Tensor, v: Tensor, scale: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-        acc = accumulation_dtype(u.dtype)
-        world = plan.world
+    def forward(ctx: Any, u: Tensor, v: Tensor, scale: Tensor, bias: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+        acc, world = accumulation_dtype(u.dtype), plan.world
         v_all = world.all_gather(v)  # collective
-        col_kappas = _gather_kappas(plan)  # collective where each column has its own
-        with torch.autocast(u.device.type, enabled=False):
-            rows, cols = _reduce_tiles(u.to(acc), v_all.to(acc), plan, col_kappas)
         own = slice(world.rank * len(v), (world.rank + 1) * len(v))
-        _reduce_over_ranks(cols, world)  # collective
+        with torch.autocast(u.device.type, enabled=False):
+            positive = _positive_cosines(u, v, plan, acc)
+            rows, cols = _reduce_tiles(u, v_all, plan, acc)
+        if plan.two_sided:
+            _reduce_over_ranks(cols, world)  # collective
         ctx.plan, ctx.own = plan, own
-        ctx.save_for_backward(u, v_all, scale, rows.lse, cols.lse, col_kappas)
-        row_count = len(v_all) - rows.excluded
-        col_count = len(u) * world.size - cols.excluded[own]
-        out = (rows.lse, rows.total, row_count, rows.hardest)
-        out += (cols.lse[own].clone(), cols.total[own].clone(), col_count, cols.hardest[own].clone())
-        ctx.mark_non_differentiable(row_count, rows.hardest, col_count, out[-1])
-        return out
+        ctx.save_for_backward(u, v_all, scale, rows.lse, cols.lse)
+        row_sums = PairSums(rows.lse, rows.total, rows.softplus, len(v_all) - rows.excluded, rows.hardest)
+        col_count = world.size * len(u) - cols.excluded[own]
+        col_sums = PairSums(
+            cols.lse[own].clone(), cols.total[own].clone(), cols.softplus[own].clone(), col_count, cols.hardest[own].clone()
+        )
+        ctx.mark_non_differentiable(
+            row_sums.count, row_sums.hardest, col_sums.softplus, col_sums.count, col_sums.hardest
+        )
+        return (positive, *row_sums, *col_sums)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
-        u, v_all, scale, row_lse, col_lse, col_kappas = ctx.saved_tensors
-        acc = accumulation_dtype(u.dtype)
-        depth = len(plan.kappas.multiples)
-        row_grad = torch.cat([grads[0][:, :depth], grads[1][:, None]], 1)
-        col_grad = plan.world.all_gather(torch.cat([grads[4][:, :depth], grads[5][:, None]], 1))  # collective
+        u, v_all, scale, row_lse, col_lse = ctx.saved_tensors
+        depth = len(plan.graded)
+        positive_grad, row_grads, col_grads = grads[0], PairSums(*grads[1:6]), PairSums(*grads[6:11])
+        row_grad = torch.cat([row_grads.lse[:, :depth], row_grads.total[:, None]], 1)
+        col_grad = torch.cat([col_grads.lse[:, :depth], col_grads.total[:, None]], 1)
+        col_grad = plan.world.all_gather(col_grad)  # collective
         with torch.autocast(u.device.type, enabled=False):
-            du, dv, dscale = _backward_tiles(
-                u.to(acc), v_all.to(acc), plan, (row_lse, col_lse), (row_grad, col_grad), col_kappas
+            exponents = tuple(
+                ExponentGradient.prepare(exponent, row_lse[:, k], col_lse[:, k], row_grad[:, k], col_grad[:, k])
+                for k, exponent in enumerate(plan.graded)
             )
-        dv = _sum_over_ranks(dv, plan.world)[ctx.own]  # collective
-        return du.to(u.dtype), dv.to(u.dtype), dscale.to(scale.dtype).reshape(scale.shape), None
+            du, dv, dscale, dbias = _backward_tiles(
+                u, v_all, plan, exponents, (row_grad[:, depth], col_grad[:, depth]), row_grads.softplus, scale,
+                needs_v=ctx.needs_input_grad[1],
+            )  # fmt: skip
+            _add_positive_gradient(du, dv[ctx.own], u, v_all[ctx.own], plan.owner, positive_grad)
+        dv_own = _sum_own_over_ranks(dv, ctx.own, plan.world) if ctx.needs_input_grad[1] else None  # collective
+        return (
+            du.to(u.dtype),
+            None if dv_own is None else dv_own.to(u.dtype),
+            dscale.to(scale.dtype).reshape(scale.shape),
+            dbias.to(scale.dtype),
+            None,
+        )
 
 
 def _backward_tiles(
     u: Tensor,
     v: Tensor,
     plan: Plan,
-    lses: tuple[Tensor, Tensor],
-    grads: tuple[Tensor, Tensor],
-    col_kappas: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dU, dV over all columns, dscale) of this rank's rows; dV is still to be summed over ranks."""
-    kappas = plan.kappas
-    depth = len(kappas.multiples)
-    du, dv, dscale = torch.zeros_like(u), torch.zeros_like(v), u.new_zeros(())
-    workspace = _Workspace(u, v, plan.exclusions.tile)
-    for row_tile, col_tile in _tiles(len(u), len(v), plan.exclusions.tile):
-        cosines, scratch = workspace.cosines(row_tile, col_tile)
-        excluded = plan.exclusions.mask(row_tile, col_tile)
-        total = torch.zeros_like(cosines)
-        for k in range(depth):
-            for side, (part, kappa) in enumerate(((row_tile, kappas.rows), (col_tile, col_kappas))):
-                anchor_kappa, lse, grad = _pick(kappa, k, part), lses[side][part, k], grads[side][part, k]
-                shape = (-1, 1) if side == 0 else (1, -1)
-                torch.mul(cosines, anchor_kappa.view(shape), out=scratch).sub_(lse.view(shape))
-                if excluded is not None:
-                    scratch.masked_fill_(excluded, -math.inf)
-                scratch.exp_().mul_(grad.view(shape))
-                dscale += kappas.multiples[k] * (scratch * cosines).sum()
-                total.addcmul_(scratch, anchor_kappa.view(shape))
-        if plan.linear:
-            linear = grads[0][row_tile, depth, None] + grads[1][None, col_tile, depth]
-            total += linear if excluded is None else linear.masked_fill_(excluded, 0.0)
-        du[row_tile].addmm_(total, v[col_tile])
-        dv[col_tile].addmm_(total.T, u[row_tile])
-    return du, dv, dscale
+    exponents: tuple[ExponentGradient, ...],
+    linear_grads: tuple[Tensor, Tensor],
+    softplus_grad: Tensor,
+    scale: Tensor,
+    *,
+    needs_v: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dU, dV over all columns, dscale, dbias) of this rank's rows; dV is still to be summed over ranks."""
+    acc = accumulation_dtype(u.dtype)
+    du, dv = torch.zeros_like(u, dtype=acc), torch.zeros_like(v, dtype=acc)
+    dscale, dbias = du.new_zeros(()), du.new_zeros(())
+    # Where every kappa is a multiple of the scale, sum_ij G_ij c_ij = scale * dscale: no extra pass over the pairs.
+    proportional = not plan.linear and all(exponent.proportional(scale.item()) for exponent in plan.graded)
+    backend = plan.backend(u, v)
+    for tile in tiles_of(len(u), len(v), plan.exclusions.tile):
+        excluded = plan.exclusions.mask(tile)
+        grad = backend.gradient(
+            tile, excluded, exponents, linear_grads, softplus_grad, scale_gradient=not proportional
+        )
+        dscale += grad.scale
+        dbias += grad.bias
+        backend.add_product(du[tile.rows], grad.pairs, v[tile.cols])
+        if needs_v:
+            backend.add_product(dv[tile.cols], grad.pairs.T, u[tile.rows])
+    if proportional:
+        dscale = sum_of_products(u, du, plan.exclusions.tile[0]) / scale.to(acc)
+    return du, dv, dscale, dbias
 
 
-def _gather_kappas(plan: Plan) -> Tensor:
-    return plan.kappas.cols if plan.kappas.cols.shape[0] == 1 else plan.world.all_gather(plan.kappas.cols)
+def sum_of_products(a: Tensor, b: Tensor, step: int) -> Tensor:
+    """sum(a * b) of two (B, D) tensors, in the dtype of b, `step` rows at a time."""
+    parts = [(a[i : i + step].to(b.dtype) * b[i : i + step]).sum() for i in range(0, len(a), step)]
+    return torch.stack(parts).sum()
+
+
+def _positive_cosines(u: Tensor, v: Tensor, plan: Plan, acc: torch.dtype) -> Tensor:
+    """(B',): the cosine of each own column with the row that it belongs to, a tile's rows at a time."""
+    if not plan.paired:
+        return u.new_zeros(0, dtype=acc)
+    step = plan.exclusions.tile[0]
+    parts = []
+    for part in (slice(i, i + step) for i in range(0, len(v), step)):
+        rows = u[part] if plan.owner is None else u[plan.owner[part]]
+        parts.append((rows.to(acc) * v[part].to(acc)).sum(1))
+    return torch.cat(parts)
+
+
+def _add_positive_gradient(
+    du: Tensor, dv: Tensor, u: Tensor, v: Tensor, owner: Tensor | None, grad: Tensor
+) -> None:
+    if len(grad) == 0:
+        return
+    if owner is None:
+        du.addcmul_(v.to(du.dtype), grad[:, None])
+        dv.addcmul_(u.to(du.dtype), grad[:, None])
+    else:
+        du.index_add_(0, owner, v.to(du.dtype) * grad[:, None])
+        dv.addcmul_(u[owner].to(du.dtype), grad[:, None])
 
 
 def _reduce_over_ranks(cols: _Running, world: World) -> None:
@@ -305,5 +301,37 @@ def _reduce_over_ranks(cols: _Running, world: World) -> None:
     cols.total, cols.excluded = sums[:, -2], sums[:, -1]
 
 
-def _sum_over_ranks(tensor: Tensor, world: World) -> Tensor:
-    return tensor if world.size == 1 else world.all_reduce(tensor)
+def _sum_own_over_ranks(per_column: Tensor, own: slice, world: World) -> Tensor:
+    """This rank's columns of the sum over ranks: (N, D) -> (B', D). Collective."""
+    if world.size == 1:
+        return per_column
+    if dist.get_backend(world.group) == dist.Backend.GLOO:  # gloo has no reduce-scatter in the older releases we support
+        return world.all_reduce(per_column)[own]
+    out = torch.empty_like(per_column[own])
+    dist.reduce_scatter_tensor(out, per_column, group=world.group)
+    return out
+
+
+@torch.no_grad()
+def mean_negative_cosines(
+    u: Tensor, v: Tensor, plan: Plan, lses: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """sum_j p_ij c_ij under the softmax of the first exponent, for rows (B,) and own columns (B',). No gradient. Collective.
+
+    lses: log-sum-exps of that exponent, of the rows (B,) and of the columns of all ranks (N,).
+    """
+    acc, world = accumulation_dtype(u.dtype), plan.world
+    v_all = world.all_gather(v)
+    row_mean, col_mean = u.new_zeros(len(u), dtype=acc), u.new_zeros(len(v_all), dtype=acc)
+    exponent = plan.graded[0]
+    for tile in tiles_of(len(u), len(v_all), plan.exclusions.tile):
+        cosines = u[tile.rows].to(acc) @ v_all[tile.cols].to(acc).T
+        excluded = plan.exclusions.mask(tile)
+        for side, mean in ((0, row_mean), (1, col_mean)):
+            kappa, lse, part = exponent.column(side, tile), lses[side][tile[side]], tile[side]
+            weights = (cosines * kappa - (lse[:, None] if side == 0 else lse[None, :])).exp()
+            if excluded is not None:
+                weights.masked_fill_(excluded, 0.0)
+            mean[part] += (weights * cosines).sum(1 - side)
+    own = slice(world.rank * len(v), (world.rank + 1) * len(v))
+    return row_mean, world.all_reduce(col_mean)[own]
