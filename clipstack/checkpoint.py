@@ -44,7 +44,7 @@ RECORD_FILE, STATE_FILE, MANIFEST_FILE, RECIPE_FILE = (
     "manifest.json",
     "recipe.toml",
 )
-OPTIMIZER_FILE, AVERAGE_FILE = "optimizer.safetensors", "ema.safetensors"
+OPTIMIZER_FILE, OBJECTIVE_FILE, AVERAGE_FILE = "optimizer.safetensors", "objective.safetensors", "ema.safetensors"
 DEFAULT_MAX_LOGIT_SCALE = 4.605170185988092  # ln 100
 
 
@@ -59,8 +59,8 @@ class Snapshot:
     max_logit_scale: float
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
-    objective: tuple[Mapping[str, Tensor], ...]
-    """The objective's state, one table a rank."""
+    objective: Mapping[str, Any]
+    """The objective's state, the same on all ranks: a tree of tables, tensors and plain values."""
     order: Mapping[str, Any]
     """What decides the order of the data, manifest hash included."""
     recipe_toml: str
@@ -97,26 +97,43 @@ def _write_snapshot(folder: Path, snapshot: Snapshot) -> None:
     save_file(dict(snapshot.optimizer), folder / OPTIMIZER_FILE)
     if snapshot.average is not None:
         save_file(dict(snapshot.average), folder / AVERAGE_FILE)
-    for rank, state in enumerate(snapshot.objective):
-        save_file(
-            {name: tensor.contiguous() for name, tensor in state.items()}, folder / _objective_file(rank)
-        )
+    tensors, values = split_tree(snapshot.objective)
+    save_file(tensors, folder / OBJECTIVE_FILE)
     (folder / CONFIG_FILE).write_text(snapshot.record.to_json() + "\n", encoding="utf-8")
     (folder / RECIPE_FILE).write_text(snapshot.recipe_toml, encoding="utf-8")
     state = {
         "format": FORMAT,
         "step": snapshot.step,
         "samples_seen": snapshot.samples_seen,
-        "world_size": len(snapshot.objective),
         "max_logit_scale": snapshot.max_logit_scale,
+        "objective": values,
         "order": dict(snapshot.order),
         "progress": dict(snapshot.progress),
     }
     (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 
-def _objective_file(rank: int) -> str:
-    return f"objective-{rank:05d}.safetensors"
+def split_tree(tree: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A tree of tables into its tensors by dotted name, and the same tree with null in their places."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            inner, values[name] = split_tree(value, f"{prefix}{name}.")
+            tensors |= inner
+        elif isinstance(value, Tensor):
+            tensors[prefix + name], values[name] = value.detach().cpu().contiguous(), None
+        else:
+            values[name] = value
+    return tensors, values
+
+
+def join_tree(tensors: Mapping[str, Tensor], values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The tree that `split_tree` split."""
+    return {
+        name: join_tree(tensors, value, f"{prefix}{name}.") if isinstance(value, Mapping) else tensors.get(prefix + name, value)
+        for name, value in values.items()
+    }
 
 
 def _write_manifest(folder: Path, step: int) -> None:
@@ -146,7 +163,7 @@ def load_snapshot(path: Path) -> Snapshot:
         max_logit_scale=state["max_logit_scale"],
         weights=load_file(path / WEIGHTS_FILE),
         optimizer=load_file(path / OPTIMIZER_FILE),
-        objective=tuple(load_file(path / _objective_file(rank)) for rank in range(state["world_size"])),
+        objective=join_tree(load_file(path / OBJECTIVE_FILE), state["objective"]),
         order=state["order"],
         recipe_toml=(path / RECIPE_FILE).read_text(encoding="utf-8"),
         average=load_file(average) if average.is_file() else None,
@@ -182,7 +199,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and a line on each newer one that is not."""
-    damaged = []
+    damaged: list[str] = []
     for path in reversed(checkpoints(folder)):
         problem = damage(path)
         if problem is None:

@@ -153,7 +153,7 @@ class OptimConfig(Frozen):
     lr: float = Field(default=5e-4, gt=0)
     """Peak learning rate."""
     min_lr: float = Field(default=0.0, ge=0)
-    """Learning rate at the last step."""
+    """Learning rate that the schedule falls to."""
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Share of train.steps in which the learning rate rises from zero."""
     schedule: Literal["cosine", "constant"] = "cosine"

@@ -101,12 +101,12 @@ class Engine:
         recipe: Recipe,
         world: World,
         *,
-        precision: Precision,
         user_config: Mapping[str, Any] | None = None,
     ) -> None:
+        assert recipe.train.precision != "auto"
         self.world = world
         self.config = deepspeed_config(
-            recipe, world_size=world.size, precision=precision, user_config=user_config or {}
+            recipe, world_size=world.size, precision=recipe.train.precision, user_config=user_config or {}
         )
         self.zero_stage = int(self.config["zero_optimization"]["stage"])
         self._grad_clip_norm = recipe.optim.grad_clip_norm
@@ -126,6 +126,19 @@ class Engine:
 
     def eval(self) -> None:
         self._engine.eval()
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, D) unit-norm, in fp32 and without gradient."""
+        with torch.no_grad():
+            return cast(Embeddings, self.model(images, None)).image
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """(N, L) -> (N, D) unit-norm, in fp32 and without gradient."""
+        with torch.no_grad():
+            return cast(Embeddings, self.model(None, tokens)).text
+
+    def trim_tokens(self, tokens: Tensor) -> Tensor:
+        return self.model.trim_tokens(tokens)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the mean of the ranks' losses, averaged over ranks."""

@@ -147,14 +147,19 @@ def _encode_causal_text(towers: open_clip.CLIP, tokens: Tensor) -> Tensor:
     return cast(Tensor, x @ towers.text_projection)
 
 
-def build_model(config: ModelConfig, *, seed: int, needs_logit_bias: bool = False) -> ClipModel:
-    """A model on the CPU in fp32, from scratch under `seed` or from `config.pretrained`. Raises ConfigError."""
+def build_model(
+    config: ModelConfig, *, seed: int, needs_logit_bias: bool = False, load_weights: bool = True
+) -> ClipModel:
+    """A model on the CPU in fp32, from scratch under `seed` or from `config.pretrained`. Raises ConfigError.
+
+    load_weights: False where a checkpoint's weights will replace the pretrained ones.
+    """
     record = make_record(config)
     bias = SIGLIP_LOGIT_BIAS if needs_logit_bias else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         towers = build_towers(record, init_logit_scale=config.init_logit_scale, init_logit_bias=bias)
-    if config.pretrained is not None:
+    if config.pretrained is not None and load_weights:
         record, weights = _pretrained(config, record)
         load_open_clip_weights(towers, weights, source=f"model.pretrained = {config.pretrained!r}")
     model = ClipModel(towers, record, max_logit_scale=config.max_logit_scale)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from clipstack.errors import ClipstackError
 
 T = TypeVar("T")
 # torch 2.13 renamed it; the old name warns there and the new one is missing before.
@@ -60,6 +63,24 @@ class World:
         out: list[T | None] = [None] * self.size
         dist.all_gather_object(out, value, group=self.group)
         return cast(list[T], out)
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, on every rank; a ClipstackError that it raises there is raised on every rank.
+
+        For work that one process does (reading a folder, writing a file) and all must agree on. Collective.
+        """
+        if self.size == 1:
+            return make()
+        box: list[T | ClipstackError | None] = [None]
+        if self.is_main:
+            try:
+                box = [make()]
+            except ClipstackError as error:
+                box = [error]
+        dist.broadcast_object_list(box, src=0, group=self.group, device=self.device)
+        if isinstance(box[0], ClipstackError):
+            raise box[0]
+        return cast(T, box[0])
 
     def barrier(self) -> None:
         """Collective."""

@@ -1,0 +1,86 @@
+"""The `clipstack` command: finds the subcommand and hands over. Nothing heavy is imported before it is known."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from clipstack import __version__
+from clipstack.errors import ClipstackError, ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: `module` has either main(argv) -> int, or add_arguments(parser) and run(args) -> int."""
+
+    module: str
+    help: str
+    parses_itself: bool = False
+
+
+COMMANDS = {
+    "demo": Command("clipstack.demo", "make a small data set, train, evaluate and report, on a laptop CPU"),
+    "train": Command(
+        "clipstack.train", "train from a recipe (one process, or under torchrun)", parses_itself=True
+    ),
+    "eval": Command("clipstack.evaluate", "zero-shot classification and retrieval of any model"),
+    "export": Command("clipstack.export_cli", "write a run's model as a folder that open_clip loads"),
+    "embed": Command("clipstack.embed", "bulk embeddings of shards"),
+    "serve": Command("serve.cli", "serve a model over REST"),
+    "compare": Command("clipstack.compare", "two evaluations side by side, with significance"),
+    "runs": Command("clipstack.runs", "table and curves of runs"),
+    "data": Command(
+        "data_pipelines.cli", "build, index, verify, filter and look into shards", parses_itself=True
+    ),
+    "doctor": Command("clipstack.doctor", "what works on this machine, and how to get what does not"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit code: 0 done, 1 failed, 2 wrong input, 3 stopped but resumable."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if argv[0] == "--version":
+        print(f"clipstack {__version__}")
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        print(f"error: clipstack {name}: no such command; {hint}", file=sys.stderr)
+        return 2
+    return _run(name, COMMANDS[name], rest)
+
+
+def _run(name: str, command: Command, argv: list[str]) -> int:
+    module = importlib.import_module(command.module)
+    if command.parses_itself:
+        return int(module.main(argv))
+    parser = argparse.ArgumentParser(
+        prog=f"clipstack {name}", description=f"{command.help[0].upper()}{command.help[1:]}."
+    )
+    module.add_arguments(parser)
+    try:
+        return int(module.run(parser.parse_args(argv)))
+    except ClipstackError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError | DataError) else 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: clipstack COMMAND ...", "", *lines, "", "clipstack COMMAND --help tells more."])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""Whether a run folder is new, half done or finished, and what may differ when it goes on."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipstack.checkpoint import CONFIG_FILE, RECIPE_FILE, Snapshot, load_snapshot, newest_sound
+from clipstack.config import Recipe, parse_recipe, to_toml
+from clipstack.engine import Precision, faster_precision
+from clipstack.errors import CheckpointError, ConfigError
+from clipstack.files import write_text
+from clipstack.model import ClipModel, load_open_clip_weights
+from clipstack.world import World
+
+FIXED_KEYS = (
+    "seed", "model", "objective", "optim", "data.train", "data.caption", "data.lanes", "data.window_shards", "data.quantum",
+    "data.augment", "train.batch_size", "train.precision", "train.ema_decay",
+)  # fmt: skip
+"""What a run is: changing one of these on resume would make it another run."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do with a run folder."""
+
+    recipe: Recipe
+    step: int
+    is_finished: bool
+    resume_from: Path | None
+    messages: tuple[str, ...]
+
+    def load(self, recipe: Recipe, model: ClipModel, world: World) -> Snapshot | None:
+        """The state to go on from, its weights put into `model`; for a new run, write its recipe. Collective."""
+        if self.resume_from is None:
+            world.from_main(lambda: write_text(recipe.run.dir / RECIPE_FILE, to_toml(recipe)))
+            return None
+        snapshot = load_snapshot(self.resume_from)
+        load_open_clip_weights(model.towers, snapshot.weights, source=str(self.resume_from))
+        model.record = snapshot.record
+        world.from_main(lambda: write_text(recipe.run.dir / RECIPE_FILE, to_toml(recipe)))
+        return snapshot
+
+
+def prepare(recipe: Recipe, *, fresh: bool, dry_run: bool = False) -> Plan:
+    """Look at the run folder, and make it where there is none. One process calls it. Raises ConfigError."""
+    run_dir = recipe.run.dir
+    saved = run_dir / RECIPE_FILE
+    if dry_run:
+        return Plan(recipe, 0, False, None, ())
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "checkpoints").mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir = {str(run_dir)!r}: cannot be made ({error}); choose another folder"
+        ) from error
+    if not saved.exists():
+        return Plan(recipe, 0, False, None, ())
+    if fresh:
+        raise ConfigError(
+            f"run.dir = {str(run_dir)!r}: --fresh, but a run lies there already; choose another folder or remove it"
+        )
+    before = _saved_recipe(saved)
+    recipe = _keep_precision(recipe, before)
+    changes = list(differences(before, recipe))
+    for key, old, new in changes:
+        if key.startswith(FIXED_KEYS):
+            raise ConfigError(
+                f"{key} = {new!r}: the run in {run_dir} has {old!r}; put it back, or train into another run.dir"
+            )
+    newest, damaged = newest_sound(run_dir / "checkpoints")
+    messages = [f"damaged checkpoint left aside: {line}" for line in damaged]
+    messages += [f"changed since the last start: {key} = {new!r} (was {old!r})" for key, old, new in changes]
+    if newest is None:
+        if damaged:
+            raise CheckpointError(
+                f"{run_dir}: every checkpoint is damaged: {'; '.join(damaged)}; train into another run.dir"
+            )
+        return Plan(recipe, 0, False, None, tuple(messages))
+    step = int(newest.name.removeprefix("step-"))
+    is_finished = step >= recipe.train.steps and (run_dir / "export" / CONFIG_FILE).is_file()
+    return Plan(recipe, step, is_finished, newest, (*messages, f"resuming {run_dir} at step {step}"))
+
+
+def _saved_recipe(path: Path) -> Recipe:
+    try:
+        return parse_recipe(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: damaged ({error}); train into another run.dir") from error
+
+
+def _keep_precision(recipe: Recipe, before: Recipe) -> Recipe:
+    """What "auto" was measured to be stays, so that a resumed run computes as the first one did."""
+    if recipe.train.precision != "auto":
+        return recipe
+    return with_precision(recipe, before.train.precision)
+
+
+def with_precision(recipe: Recipe, precision: str) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
+
+
+def resolve_precision(recipe: Recipe, model: ClipModel, world: World, *, decided: Precision | None) -> Recipe:
+    """The recipe with "auto" replaced by what the main rank measures. Collective."""
+    if recipe.train.precision != "auto":
+        if decided not in (None, recipe.train.precision):
+            raise ConfigError(
+                f"train.precision = {recipe.train.precision!r}: --deepspeed_config decides {decided!r}; make them agree"
+            )
+        return recipe
+    if decided is not None:
+        return with_precision(recipe, decided)
+    return with_precision(
+        recipe, world.from_main(lambda: faster_precision(model.to(world.device), world.device))
+    )
+
+
+def differences(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
+    """(key, old, new) of each value that differs; the run's own folder, which may have been moved, is no difference."""
+    old, new = (dict(_flat(recipe.model_dump(mode="json"))) for recipe in (before, now))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and key != "run.dir":
+            yield key, old.get(key), new.get(key)
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

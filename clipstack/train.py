@@ -1,0 +1,150 @@
+"""What `deepspeed clipstack/train.py`, `torchrun clipstack/train.py` and `clipstack train` run: parse, build, fit."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# Run as a script, Python looks for modules in this folder first, where ours would shadow others: look in the one above.
+_HERE = Path(__file__).resolve().parent
+if sys.path and Path(sys.path[0] or ".").resolve() == _HERE:
+    sys.path[0] = str(_HERE.parent)
+
+import argparse
+import os
+import signal
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from clipstack.config import Recipe, help_config, load_recipe
+from clipstack.errors import ClipstackError, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from clipstack.world import World
+
+GRACE_S = 5.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train; returns the exit code: 0 done, 1 failed, 2 wrong input, 3 stopped but resumable."""
+    args = _parse(argv)
+    if args.help_config:
+        print(help_config())
+        return 0
+    try:
+        if args.config is None:
+            raise ConfigError("--config: missing; name a recipe, such as configs/demo.toml")
+        return run(load_recipe(args.config, args.overrides), args)
+    except ClipstackError as error:
+        return _fail(error)
+
+
+def run(recipe: Recipe, args: argparse.Namespace) -> int:
+    """Build everything that the recipe names and train it."""
+    from clipstack.engine import Engine, read_user_config, start_distributed, stop_distributed, user_precision
+    from clipstack.model import build_model
+    from clipstack.run_folder import prepare, resolve_precision
+    from clipstack.trainer import fit
+
+    user_config = read_user_config(args.deepspeed_config)
+    world = start_distributed()
+    _end_with_parent()
+    check_batch(recipe, world)
+    plan = world.from_main(lambda: prepare(recipe, fresh=args.fresh, dry_run=args.dry_run))
+    if plan.is_finished:
+        _say(
+            world,
+            f"{recipe.run.dir}: finished at step {plan.step}; nothing to do (raise train.steps to go on)",
+        )
+        stop_distributed()
+        return 0
+    for line in plan.messages:
+        _say(world, line)
+    model = build_model(
+        recipe.model,
+        seed=recipe.seed,
+        needs_logit_bias=recipe.objective.name == "siglip",
+        load_weights=plan.resume_from is None,
+    )
+    resolved = resolve_precision(plan.recipe, model, world, decided=user_precision(user_config))
+    if args.dry_run:
+        from clipstack.dry_run import dry_run
+
+        return dry_run(resolved, model, world, user_config)
+    snapshot = plan.load(resolved, model, world)
+    engine = Engine(model, resolved, world, user_config=user_config)
+    if snapshot is not None:
+        engine.load_optimizer_state(snapshot.optimizer)
+    outcome = fit(resolved, model, engine, world=world, resume_from=snapshot)
+    stop_distributed()
+    return outcome.value
+
+
+def check_batch(recipe: Recipe, world: World) -> None:
+    """Raises ConfigError where the batch cannot be cut into equal shares."""
+    size = recipe.train.batch_size
+    if size % world.size:
+        raise ConfigError(
+            f"train.batch_size = {size}: not divisible by {world.size} ranks; take {size // world.size * world.size or world.size}"
+        )
+    micro = recipe.train.micro_batch_size
+    if micro is not None and micro != size // world.size:
+        raise ConfigError(
+            f"train.micro_batch_size = {micro}: smaller than the rank's share of {size // world.size}, and exact accumulation "
+            f"is not there yet; remove it or set train.batch_size = {micro * world.size}"
+        )
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="clipstack train", description="Pretrain or fine-tune a CLIP-style model from a recipe."
+    )
+    parser.add_argument("--config", type=Path, metavar="RECIPE.toml", help="the recipe")
+    parser.add_argument(
+        "--deepspeed_config", type=Path, metavar="DS.json", help="sharding and precision for DeepSpeed"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show the first batch, sizes and memory; train nothing"
+    )
+    parser.add_argument("--fresh", action="store_true", help="refuse a run folder that has checkpoints")
+    parser.add_argument(
+        "--help-config", action="store_true", help="every key of a recipe, with unit and meaning"
+    )
+    parser.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # the deepspeed launcher puts it in front
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="recipe values, such as optim.lr=1e-3"
+    )
+    return parser.parse_intermixed_args(argv)
+
+
+def _say(world: World, line: str) -> None:
+    if world.is_main:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _fail(error: ClipstackError) -> int:
+    """One line on stderr, from one rank: an error of all ranks ends this one before its wait is over."""
+    if os.environ.get("RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(GRACE_S)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2 if isinstance(error, ConfigError | DataError) else 1
+
+
+def _end_with_parent() -> None:
+    """Have the kernel send SIGTERM when the launcher dies, so that no rank trains on alone (Linux)."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Skip interpreter shutdown: after an error, leaving the process group politely would wait for the other ranks.
+    os._exit(code)
