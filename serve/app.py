@@ -31,7 +31,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
     Raises ConfigError when there is nothing to serve. Models are loaded when the app starts.
     """
     loaders = loaders_of(settings, runtime)
-    app = FastAPI(
+    app: FastAPI = FastAPI(
         title="clipstack serve",
         docs_url=None,
         redoc_url=None,
@@ -131,7 +131,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _unforeseen(request: Request, error: Exception) -> Response:
-    """A fault of ours. The client learns the request id and nothing else; the web server logs type and place."""
+    """A fault of ours. The client learns the request id and nothing else; the log has type and place."""
     trace = trace_of(request.scope)
     response = error_response(
         ServeError(ErrorCode.INTERNAL, "an internal error; the log has it under this id"), trace

@@ -171,7 +171,7 @@ class Batcher:
         self._running: list[_Item] = []
 
     def submit(self, kind: Kind, payload: Payload, *, deadline: float) -> asyncio.Future[Float32]:
-        """Queue one item; the future gives its vector (D,), or a ServeError. Cancel it to withdraw the item."""
+        """Queue one item; the future gives its vector (D,) or a ServeError. Cancel it to withdraw."""
         result = asyncio.get_running_loop().create_future()
         self._queues[kind].append(_Item(kind, payload, deadline, self._clock(), result))
         if not self._running:
@@ -198,7 +198,7 @@ class Batcher:
         return min(waiting)[1] if waiting else None
 
     def _take(self, kind: Kind) -> list[_Item]:
-        """The next items of a kind in order of arrival; the withdrawn and the expired are left out for good."""
+        """The next items of a kind, in order of arrival; the withdrawn and the expired are left out."""
         queue, batch, size_bytes, now = self._queues[kind], list[_Item](), 0, self._clock()
         while queue and len(batch) < self._limits.items(kind):
             item = queue[0]

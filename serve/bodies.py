@@ -59,7 +59,7 @@ class ByteAccount:
 
 
 async def read_body(request: Request, account: ByteAccount, settings: Settings) -> bytes:
-    """The whole body. Raises ServeError body_too_large, queue_full, request_timeout, unsupported_media_type."""
+    """The whole body. Raises ServeError body_too_large, queue_full, request_timeout and others."""
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise ServeError(ErrorCode.UNSUPPORTED_MEDIA_TYPE, "compressed request bodies are not taken")
     announced = request.headers.get("content-length", "0")

@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 @dataclass
 class Trace:
-    """What is known of one request, for its log line and its error replies. Lives in scope["state"]["trace"]."""
+    """What is known of one request, for its log line and its errors. Lives in scope["state"]["trace"]."""
 
     request_id: str
     arrived_at: float
@@ -77,6 +77,7 @@ class Edge:
             trace.status = CLIENT_LEFT
         finally:
             service.in_flight -= 1
+            service.answered += 1
             self._record(service, scope, trace)
 
     async def _answer(self, service: Service, scope: Scope, body: _BodyWatch, reply: _Reply) -> None:
@@ -209,7 +210,7 @@ class _BodyWatch:
 
 @dataclass
 class _Reply:
-    """`send` that adds the headers every reply has and ends the connection where it must not be used again."""
+    """`send` that adds every reply's headers, and ends connections that must not be used again."""
 
     _send: Send
     trace: Trace

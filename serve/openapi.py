@@ -1,4 +1,4 @@
-"""The OpenAPI document: what FastAPI knows of the routes, plus bodies, replies, every error and the headers."""
+"""The OpenAPI document: what FastAPI knows of the routes, plus bodies, replies, errors and headers."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _request_content(asked: type[BaseModel], uploads: str | None) -> Json:
 
 
 def _form_schema(asked: type[BaseModel], uploads: str) -> Json:
-    """The same fields as form parts; `uploads` holds files, and texts in between, in the order of the parts."""
+    """The same fields as form parts; `uploads` holds files, in the order of the parts."""
     properties: Json = {}
     for name, field in asked.model_fields.items():
         is_list = name in ("labels", "texts", "templates", "truncated")

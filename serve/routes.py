@@ -1,4 +1,4 @@
-"""HTTP of the API: each route reads its request, calls one operation on one leased version, writes the reply."""
+"""HTTP of the API: each route reads its request, calls one operation on one version, writes the reply."""
 
 from __future__ import annotations
 

@@ -4,12 +4,15 @@ nothing heavier.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from clipstack.errors import ClipstackError
 
 Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
@@ -50,16 +53,14 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Tokens:
-    """One text as the text tower reads it. ids: (L,) int64, L <= context_length, nothing after the end that
-    counts.
+    """One text as the text tower reads it.
+
+    ids: (L,) int64, L <= context_length. count: tokens of the text, start and end included, padding not.
     """
 
     ids: TokenIds
+    count: int
     was_cut: bool = False
-
-    @property
-    def count(self) -> int:
-        return len(self.ids)
 
 
 class Runtime(Protocol):
@@ -85,6 +86,15 @@ class Runtime(Protocol):
     def encode_texts(self, texts: Sequence[TokenIds]) -> Float32:
         """N token rows of any lengths -> (N, D) unit-norm."""
         ...
+
+
+class SelfTestError(ClipstackError):
+    """A freshly loaded model whose vectors are not what they must be."""
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class RuntimeLoader(Protocol):

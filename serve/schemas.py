@@ -93,7 +93,7 @@ Templates = Annotated[
                 },
                 {"type": "null"},
             ],
-            "description": "Prompt templates; their vectors are averaged. Left out: a photo of a {}",
+            "description": "Prompt templates; their vectors are averaged. Left out: a photo of a {}.",
         }
     ),
 ]

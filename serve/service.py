@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from clipstack.errors import ClipstackError
@@ -19,11 +18,11 @@ from serve.images import ImageLimits
 from serve.label_sets import LabelSetStore, MatrixCache, MatrixKey
 from serve.metrics import Metrics, ModelObserver
 from serve.operations import build_matrix
-from serve.runtime import RuntimeLoader
+from serve.runtime import RuntimeLoader, available_cores
 from serve.security import RateLimiter
 from serve.settings import Settings
 from serve.url_fetch import UrlFetcher
-from serve.versions import ServedModel, Version
+from serve.versions import Machinery, ServedModel, Version
 
 logger = logging.getLogger("serve")
 
@@ -46,6 +45,7 @@ class Service:
         self.limiter = RateLimiter(settings.rate_limit_per_s, settings.rate_limit_burst)
         self.draining = False
         self.in_flight = 0
+        self.answered = 0
         self.load_error: ClipstackError | None = None
         self.gallery: Gallery | None = None
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
@@ -53,6 +53,12 @@ class Service:
             settings.decode_threads or max(2, available_cores()),
             ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
             observe=metrics.stages.labels("decode").observe,
+        )
+        self._machinery = Machinery(
+            device=self._device,
+            decoder=self.decoder,
+            limits=BatchLimits(settings.max_batch_images, settings.max_batch_texts, settings.max_batch_bytes),
+            max_text_chars=settings.max_text_chars,
         )
         self.label_sets = LabelSetStore(settings.label_set_path, max_sets=settings.max_label_sets)
         self.matrices = MatrixCache(settings.label_cache_bytes)
@@ -66,10 +72,8 @@ class Service:
         return ServedModel(
             name,
             load,
+            self._machinery,
             budget=Budget(settings.max_queue_items),
-            device=self._device,
-            decoder=self.decoder,
-            limits=BatchLimits(settings.max_batch_images, settings.max_batch_texts, settings.max_batch_bytes),
             observer=ModelObserver(self.metrics, name),
         )
 
@@ -134,7 +138,7 @@ class Service:
         return self.models[name]
 
     def warm(self, version: Version, labels: tuple[str, ...], templates: tuple[str, ...]) -> None:
-        """Begin to compute a registered label set's matrix, so that its first request need not wait for it."""
+        """Begin to compute a registered label set's matrix, so that its first request need not wait."""
         key = MatrixKey(version.info.fingerprint, labels, templates)
         self.in_background(self.matrices.get(key, build_matrix(version, key), keep=True))
 
@@ -188,12 +192,6 @@ class Service:
         self.decoder.close()
         self._device.shutdown(wait=True, cancel_futures=True)
         self.label_sets.close()
-
-
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    affinity: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def draining() -> ServeError:

@@ -10,17 +10,16 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
-from clipstack.errors import ClipstackError
 from serve.batching import Batcher, BatchLimits, BatchObserver, Budget, Clock, Kind, deadline_exceeded
 from serve.decoding import DecodePool
 from serve.errors import ErrorCode, ServeError
 from serve.items import ImageItem, Item, TextItem
-from serve.runtime import Float32, Runtime, RuntimeLoader, TokenIds, Tokens, UInt8
+from serve.runtime import Float32, Runtime, RuntimeLoader, SelfTestError, TokenIds, Tokens, UInt8
 from serve.zero_shot import prompts_of
 
 logger = logging.getLogger("serve")
@@ -52,10 +51,6 @@ class Canary:
     text: TokenIds
     image_vector: Float32
     text_vector: Float32
-
-
-class SelfTestError(ClipstackError):
-    """A freshly loaded model whose vectors are not what they must be."""
 
 
 def self_test(runtime: Runtime) -> Canary:
@@ -95,6 +90,16 @@ def canary_image(runtime: Runtime) -> UInt8:
     return runtime.prepare_image(picture)
 
 
+@dataclass(frozen=True)
+class Machinery:
+    """What all versions of all models share."""
+
+    device: Executor
+    decoder: DecodePool
+    limits: BatchLimits
+    max_text_chars: int
+
+
 class Version:
     """One loaded model with its queue. A request holds a lease on one version from its first item to its
     reply.
@@ -105,15 +110,16 @@ class Version:
         runtime: Runtime,
         canary: Canary,
         batcher: Batcher,
+        machinery: Machinery,
         *,
-        decoder: DecodePool,
         clock: Clock = time.monotonic,
     ) -> None:
         self.runtime = runtime
         self.info = runtime.info
         self.canary = canary
         self.batcher = batcher
-        self._decoder = decoder
+        self._decoder = machinery.decoder
+        self._max_chars = machinery.max_text_chars
         self.clock = clock
         self._leases = 0
         self._idle = asyncio.Event()
@@ -173,10 +179,18 @@ class Version:
         done = {}
         for index, text in texts.items():
             try:
-                done[index] = self.runtime.tokenize(text, truncate=truncate)
+                done[index] = self._tokenize_one(text, truncate=truncate)
             except ServeError as error:
                 raise error.at(param_of(index)) from error
         return done
+
+    def _tokenize_one(self, text: str, *, truncate: bool) -> Tokens:
+        if len(text) <= self._max_chars:
+            return self.runtime.tokenize(text, truncate=truncate)
+        if not truncate:
+            message = f"the text has {len(text)} characters; this server reads {self._max_chars}"
+            raise ServeError(ErrorCode.TEXT_TOO_LONG, message)
+        return replace(self.runtime.tokenize(text[: self._max_chars], truncate=True), was_cut=True)
 
     def _encode_text(self, ids: TokenIds, deadline: float) -> asyncio.Future[Float32]:
         return self.batcher.submit(Kind.TEXT, ids, deadline=deadline)
@@ -251,7 +265,7 @@ async def until(deadline: float, clock: Clock) -> AsyncIterator[None]:
 
 
 async def gather_or_withdraw(parts: Sequence[asyncio.Future[Float32]]) -> list[Float32]:
-    """All results in order; on the first failure, or when this call is cancelled, the others are cancelled."""
+    """All results in order; on the first failure, or when this call is cancelled, none is left."""
     if len(parts) == 1:
         return [await parts[0]]
     try:
@@ -268,19 +282,15 @@ class ServedModel:
         self,
         name: str,
         load: RuntimeLoader,
+        machinery: Machinery,
         *,
         budget: Budget,
-        device: Executor,
-        decoder: DecodePool,
-        limits: BatchLimits,
         observer: BatchObserver,
     ) -> None:
         self.name = name
         self.budget = budget
         self._load = load
-        self._device = device
-        self._decoder = decoder
-        self._limits = limits
+        self._machinery = machinery
         self._observer = observer
         self._version: Version | None = None
         self._reloading = asyncio.Lock()
@@ -305,11 +315,11 @@ class ServedModel:
         if self._reloading.locked():
             raise ServeError(ErrorCode.RELOAD_IN_PROGRESS, "this model is being reloaded already")
         async with self._reloading:
-            loop = asyncio.get_running_loop()
+            shared = self._machinery
             runtime = await asyncio.to_thread(self._load)
-            canary = await loop.run_in_executor(self._device, accept, runtime)
-            batcher = Batcher(runtime, device=self._device, limits=self._limits, observer=self._observer)
-            old, self._version = self._version, Version(runtime, canary, batcher, decoder=self._decoder)
+            canary = await asyncio.get_running_loop().run_in_executor(shared.device, accept, runtime)
+            batcher = Batcher(runtime, device=shared.device, limits=shared.limits, observer=self._observer)
+            old, self._version = self._version, Version(runtime, canary, batcher, shared)
             if old is not None:
                 await old.drained()
             return self._version

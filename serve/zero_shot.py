@@ -10,13 +10,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from clipstack.templates import check_template, fill, load_templates
 from serve.errors import ErrorCode, ServeError
 from serve.items import too_many
 from serve.runtime import Float32, ModelInfo
 
 Float64 = npt.NDArray[np.float64]
-DEFAULT_TEMPLATES = ("a photo of a {}",)
-_PLACEHOLDERS = ("{}", "{c}")
+DEFAULT_TEMPLATES = load_templates("single")
+_TEMPLATES_ARE = 'templates are "openai", "simple" or a list of texts'
 
 
 @dataclass(frozen=True)
@@ -35,51 +36,32 @@ def parse_templates(value: Any, *, limit: int, param: str = "templates") -> tupl
     if isinstance(value, str):
         return named_templates(value, param=param)
     if not isinstance(value, list) or not value:
-        raise ServeError(
-            ErrorCode.INVALID_REQUEST, 'templates are "openai", "simple" or a list of texts', param=param
-        )
+        raise ServeError(ErrorCode.INVALID_REQUEST, _TEMPLATES_ARE, param=param)
     if len(value) > limit:
         raise too_many(len(value), "templates", limit).at(param)
     for index, template in enumerate(value):
-        if not isinstance(template, str) or sum(template.count(mark) for mark in _PLACEHOLDERS) != 1:
+        if not isinstance(template, str) or check_template(template) is not None:
             message = 'a template is a text with one {} for the label, such as "a photo of a {}"'
             raise ServeError(ErrorCode.INVALID_REQUEST, message, param=f"{param}[{index}]")
     return tuple(value)
 
 
 def named_templates(name: str, *, param: str) -> tuple[str, ...]:
-    """The template sets of open_clip's zero-shot evaluation: the 80 of CLIP's paper for ImageNet, and a
-    subset of 7.
-    """
-    import clipstack.preprocess  # noqa: F401 - prepares torchvision, which open_clip imports
-    from open_clip import zero_shot_metadata
-
-    match name:
-        case "openai":
-            functions = zero_shot_metadata.OPENAI_IMAGENET_TEMPLATES
-        case "simple":
-            functions = zero_shot_metadata.SIMPLE_IMAGENET_TEMPLATES
-        case _:
-            message = 'templates are "openai", "simple" or a list of texts'
-            raise ServeError(ErrorCode.INVALID_REQUEST, message, param=param)
-    return tuple(function("{}") for function in functions)
+    """The sets that evaluation knows by the same names. Raises ServeError."""
+    if name not in ("openai", "simple"):
+        raise ServeError(ErrorCode.INVALID_REQUEST, _TEMPLATES_ARE, param=param)
+    return load_templates(name)
 
 
 def prompts_of(labels: tuple[str, ...], templates: tuple[str, ...]) -> list[str]:
     """labels x templates prompts, the templates of one label side by side. No format string is ever
     evaluated.
     """
-    return [_fill(template, label) for label in labels for template in templates]
-
-
-def _fill(template: str, label: str) -> str:
-    mark = next(mark for mark in _PLACEHOLDERS if mark in template)
-    before, after = template.split(mark, 1)
-    return before + label + after
+    return [fill(template, label) for label in labels for template in templates]
 
 
 def classifier_matrix(prompt_vectors: Float32, *, num_templates: int) -> Float32:
-    """(labels * templates, D) unit-norm -> (labels, D): the mean over a label's templates, unit-norm again."""
+    """(labels * templates, D) unit-norm -> (labels, D): the mean over templates, unit-norm again."""
     means = (
         prompt_vectors.reshape(-1, num_templates, prompt_vectors.shape[-1]).astype(np.float64).mean(axis=1)
     )

@@ -12,7 +12,6 @@ from fastapi.testclient import TestClient
 
 from serve.app import create_app
 from serve.settings import Settings
-
 from tests.serve.fakes import FakeRuntime
 
 MakeClient = Callable[..., TestClient]

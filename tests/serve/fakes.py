@@ -1,4 +1,6 @@
-"""A runtime without a model: vectors from a formula, and a gate that holds the device for as long as a test wants."""
+"""A runtime without a model: vectors from a formula, and a gate that holds the device for as long as a test
+wants.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,11 @@ def unit(seed_bytes: bytes, dimensions: int) -> Float32:
 
 
 class FakeRuntime:
-    """One token a word. A text's vector depends on its words and the fingerprint; an image's on its pixels, too.
+    """One token a word. A text's vector depends on its words and the fingerprint; an image's on its pixels,
+    too.
 
-    `gate`: set while the device may work. `started`: set when a batch has begun. `batches`: (kind, size) of each.
+    `gate`: set while the device may work. `started`: set when a batch has begun. `batches`: (kind, size) of
+    each.
     """
 
     def __init__(
@@ -39,7 +43,8 @@ class FakeRuntime:
     ) -> None:
         self.info = ModelInfo(
             fingerprint=fingerprint, dimensions=dimensions, context_length=12, image_size=(SIDE, SIDE),
-            probabilities=probabilities, logit_scale=10.0, logit_bias=logit_bias, nested_dimensions=nested, engine="fake",
+            probabilities=probabilities, logit_scale=10.0, logit_bias=logit_bias, nested_dimensions=nested,
+            engine="fake",
         )  # fmt: skip
         self.gate = threading.Event()
         self.gate.set()
@@ -65,7 +70,7 @@ class FakeRuntime:
         ]
         if POISON in words:
             self.fail_on.add(ids[words.index(POISON)])
-        return Tokens(np.array([START, *ids, END], dtype=np.int64), was_cut=len(words) > room)
+        return Tokens(np.array([START, *ids, END], dtype=np.int64), len(ids) + 2, was_cut=len(words) > room)
 
     def prepare_image(self, pixels: UInt8) -> UInt8:
         rows = np.linspace(0, pixels.shape[0] - 1, SIDE).astype(int)

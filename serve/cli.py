@@ -1,0 +1,113 @@
+"""`clipstack serve`: flags, made from the settings one for one, and the run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from clipstack.errors import ClipstackError, ConfigError
+from serve.security import hash_token
+from serve.settings import ENV_PREFIX, Settings, load_settings
+
+DEMO_RUN = Path("runs/demo")
+_OWN_FLAGS = frozenset(("models", "load_in_background"))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `clipstack serve`. Every one can also be set as CLIPSTACK_SERVE_NAME or in the settings
+    file.
+    """
+    parser.add_argument(
+        "--model",
+        action="append",
+        metavar="[ID=]M",
+        help="run folder, exported folder or open_clip name, as for every command; may be given several times "
+        f"(default: {DEMO_RUN}, where it exists)",
+    )
+    parser.add_argument(
+        "--pretrained", metavar="W", help="with an open_clip name: a safetensors file or a tag"
+    )
+    parser.add_argument("--settings", type=Path, metavar="FILE", help="TOML file of settings")
+    parser.add_argument(
+        "--hash-token", action="store_true", help="read a token from standard input, print its hash, and stop"
+    )
+    group = parser.add_argument_group("settings", f"each also as {ENV_PREFIX}NAME in the environment")
+    for name, field in Settings.model_fields.items():
+        if name not in _OWN_FLAGS:
+            flag = "--" + name.replace("_", "-")
+            group.add_argument(
+                flag, **_options(name, field.annotation, field.default, field.description or "")
+            )
+
+
+def _options(name: str, annotation: Any, default: Any, description: str) -> dict[str, Any]:
+    text = description.replace("%", "%%")
+    if annotation is bool:
+        return {"action": argparse.BooleanOptionalAction, "default": None, "dest": name, "help": text}
+    shown = "" if default in (None, "", ()) else f" (default: {default})"
+    metavar = "A,B,..." if get_origin(annotation) is tuple else _metavar(annotation)
+    return {"dest": name, "default": None, "metavar": metavar, "help": text + shown}
+
+
+def _metavar(annotation: Any) -> str:
+    values = [str(value) for value in get_args(annotation) if isinstance(value, str)]
+    return "{" + ",".join(values) + "}" if values else "X"
+
+
+def settings_of(args: argparse.Namespace, environ: dict[str, str]) -> Settings:
+    """Flags over environment over file over defaults, and the demo model where none is named. Raises
+    ConfigError.
+    """
+    flags = {name: getattr(args, name) for name in Settings.model_fields if name not in _OWN_FLAGS}
+    flags = {name: value for name, value in flags.items() if value is not None}
+    if args.model:
+        flags["models"] = args.model
+    file = args.settings or environ.get(ENV_PREFIX + "SETTINGS")
+    settings = load_settings(flags, environ=environ, file=Path(file) if file else None)
+    if not settings.models and DEMO_RUN.is_dir():
+        settings = load_settings(
+            {**flags, "models": [str(DEMO_RUN)]}, environ=environ, file=file and Path(file)
+        )
+    if args.pretrained is not None:
+        if len(settings.models) != 1:
+            raise ConfigError(f"pretrained = {args.pretrained!r}: belongs to exactly one --model")
+        (spec,) = settings.models
+        settings = settings.model_copy(
+            update={"models": (spec.model_copy(update={"pretrained": args.pretrained}),)}
+        )
+    return settings.model_copy(update={"load_in_background": True})
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or Ctrl-C. Returns the exit status; raises ClipstackError for the user's mistakes."""
+    if args.hash_token:
+        print(hash_token(sys.stdin.readline().strip()))
+        return 0
+    settings = settings_of(args, dict(os.environ))
+    from serve.app import create_app
+    from serve.logs import configure_logging
+    from serve.server import run_server
+
+    configure_logging(settings.log_level)
+    return run_server(create_app(settings), settings)
+
+
+def main() -> int:
+    """`python -m serve.cli`, for installations without the `clipstack` command on the path."""
+    parser = argparse.ArgumentParser(prog="clipstack serve", description="Serve CLIP models over HTTP.")
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args())
+    except ConfigError as error:
+        print(f"clipstack serve: {error}", file=sys.stderr)
+        return 2
+    except ClipstackError as error:
+        print(f"clipstack serve: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""The process: uvicorn around the app, stopped so that nothing it accepted is lost and it exits 0."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from serve.service import Service
+from serve.settings import Settings
+
+logger = logging.getLogger("serve")
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, with a shutdown in three steps.
+
+    SIGTERM first makes the app answer new requests with 503 and close their connections, for `drain_delay_s`
+    and until what was accepted is answered; then the port closes; then the process ends with status 0, where
+    uvicorn would raise the signal again.
+    """
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, settings: Settings) -> None:
+        super().__init__(config)
+        self._app = app
+        self._settings = settings
+        self._stop_asked_at: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A first signal drains; a second SIGINT gives up what is still running."""
+        if self._stop_asked_at is None:
+            self._stop_asked_at = time.monotonic()
+        elif sig == signal.SIGINT:
+            self.should_exit = self.force_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second; whether to close the port now."""
+        if self._service.load_error is not None:
+            return True
+        if self._stop_asked_at is not None:
+            self._begin_drain()
+            waited_s = time.monotonic() - self._stop_asked_at
+            drained = self._service.in_flight == 0 and waited_s >= self._settings.drain_delay_s
+            if drained or waited_s >= self._settings.grace_s:
+                return True
+        return await super().on_tick(counter)
+
+    def _begin_drain(self) -> None:
+        if not self._service.draining:
+            self._service.draining = True
+            logger.info("draining", extra={"in_flight": self._service.in_flight})
+
+    @property
+    def _service(self) -> Service:
+        service: Service = self._app.state.service
+        return service
+
+
+def run_server(app: FastAPI, settings: Settings) -> int:
+    """Serve until a signal. Returns the process's exit status."""
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=list(settings.trusted_proxies),
+        timeout_graceful_shutdown=max(1, round(settings.grace_s)),
+        ws="none",
+        lifespan="on",
+    )
+    server = Server(config, app, settings)
+    server.run()
+    service: Service | None = getattr(app.state, "service", None)
+    if service is None or not server.started:
+        return 1
+    if service.load_error is not None:
+        raise service.load_error
+    logger.info("stopped", extra={"answered": service.answered})
+    return 0
