@@ -175,7 +175,9 @@ def similar_texts(texts: Sequence[str | None], similarity: float) -> list[tuple[
     normal = [None if text is None else normalized(text) for text in texts]
     out.extend(equal_pairs(normal))
     repeated = {later for _, later, _ in out}
-    lsh = MinHashLSH(threshold=similarity, num_perm=NUM_PERMUTATIONS)
+    # Set to miss little: what it finds too much, the check below takes out again.
+    threshold = 0.9 * min(similarity, 0.95)
+    lsh = MinHashLSH(threshold=threshold, num_perm=NUM_PERMUTATIONS, weights=(0.1, 0.9))
     empty = MinHash(num_perm=NUM_PERMUTATIONS, seed=1)
     for row, text in enumerate(normal):
         if text is None or row in repeated:

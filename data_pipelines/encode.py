@@ -170,6 +170,7 @@ def perceptual_hash(data: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS) -> str:
 
 
 def _encoded(image: Image.Image, options: ImageOptions) -> bytes:
+    image.info = {}  # Pillow writes comments and profiles that it finds there
     out = io.BytesIO()
     match options.format:
         case "jpg":

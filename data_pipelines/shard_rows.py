@@ -49,7 +49,7 @@ def read_rows(tars: Sequence[Path], *, phash: bool, processes: int = 1, label: s
             before += len(part.inputs.items)
             progress.advance()
     return ShardRows(
-        frame=pl.concat(frames) if frames else pl.DataFrame(schema=FRAME_SCHEMA),
+        frame=pl.concat(frames, rechunk=True) if frames else pl.DataFrame(schema=FRAME_SCHEMA),
         unusable=tuple(pair for part in parts for pair in part.unusable),
         inputs=Inputs(
             items=[item for part in parts for item in part.inputs.items],

@@ -227,7 +227,7 @@ def _check_members(samples: Mapping[str, _Found], report: _Report) -> None:
             found.sound = False
             continue
         caption = sample_caption(found.members)
-        if caption is None and ("cls" not in found.members or (expects_text and "txt" not in found.members)):
+        if caption is None and ("cls" not in found.members or expects_text):
             report("missing-member", f"no caption (it has {extensions})", key)
             found.sound = False
 
