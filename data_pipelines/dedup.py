@@ -176,7 +176,7 @@ def similar_texts(texts: Sequence[str | None], similarity: float) -> list[tuple[
     out.extend(equal_pairs(normal))
     repeated = {later for _, later, _ in out}
     # Set to miss little: what it finds too much, the check below takes out again.
-    threshold = 0.9 * min(similarity, 0.95)
+    threshold = 0.85 * similarity
     lsh = MinHashLSH(threshold=threshold, num_perm=NUM_PERMUTATIONS, weights=(0.1, 0.9))
     empty = MinHash(num_perm=NUM_PERMUTATIONS, seed=1)
     for row, text in enumerate(normal):
