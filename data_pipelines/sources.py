@@ -247,6 +247,11 @@ def size_bytes(url: str) -> int:
         raise ShardError(f"{url}: cannot be read: {error.strerror}") from error
 
 
+def _is_writable(folder: Path) -> bool:
+    """Whether files may be added: root may everywhere, but a folder without write bits is read-only to it too."""
+    return bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
+
+
 def _make_index(url: str, cache_dir: Path | None, strict: bool) -> ShardIndex:
     if is_remote(url):
         fs, path = filesystem(url)
@@ -255,7 +260,7 @@ def _make_index(url: str, cache_dir: Path | None, strict: bool) -> ShardIndex:
         return index
     index = build_index(url, strict=strict)
     beside = index_path(url)
-    save_index(index, beside if os.access(beside.parent, os.W_OK) else cached_index_path(url, cache_dir))
+    save_index(index, beside if _is_writable(beside.parent) else cached_index_path(url, cache_dir))
     return index
 
 
