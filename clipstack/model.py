@@ -164,11 +164,11 @@ def build_model(
         load_open_clip_weights(towers, weights, source=f"model.pretrained = {config.pretrained!r}")
     model = ClipModel(towers, record, max_logit_scale=config.max_logit_scale)
     if config.lock_image:
-        towers.lock_image_tower()
+        model.towers.lock_image_tower()
     if config.lock_text:
         _lock_text(towers)
     if config.grad_checkpointing:
-        towers.set_grad_checkpointing(True)
+        model.towers.set_grad_checkpointing(True)
     return model
 
 
@@ -201,10 +201,12 @@ def named_tables(name: str, *, key: str) -> dict[str, Any]:
 def record_of_tables(
     model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any] | None = None
 ) -> ModelRecord:
-    """Fill what open_clip would fill: the image size of the preprocessing is the vision tower's own."""
-    merged = merge_preprocess_dict(
-        PreprocessCfg(size=model_cfg["vision_cfg"].get("image_size", 224)), preprocess_cfg or {}
-    )
+    """Fill what open_clip would fill: by default pictures are sized for the vision tower."""
+    default = PreprocessCfg(size=model_cfg["vision_cfg"].get("image_size", 224))
+    merged = merge_preprocess_dict(default, preprocess_cfg or {})
+    size = merged["size"]
+    if not isinstance(size, int) and size[0] == size[1]:
+        merged["size"] = size[0]  # open_clip writes one number or two: equal models have equal records
     return ModelRecord(model_cfg=dict(model_cfg), preprocess_cfg=json.loads(json.dumps(merged)))
 
 
