@@ -7,6 +7,7 @@ import io
 import math
 import random
 import struct
+import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,20 @@ Pixels = npt.NDArray[np.uint8]
 """(H, W, 3) RGB"""
 
 MAX_IMAGE_PIXELS = 50_000_000
+
+DECODER_ERRORS = (
+    ArithmeticError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
+"""What Pillow's plugins raise on broken files; they have no common base."""
 
 _JPEG = b"\xff\xd8\xff"
 _ORIENTATION = 0x0112
@@ -60,17 +75,7 @@ def open_image(data: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Imag
         raise SampleError("no image in a format that Pillow knows") from error
     except Image.DecompressionBombError as error:
         raise SampleError(_first_line(error)) from error
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        struct.error,
-        KeyError,
-        TypeError,
-        MemoryError,
-    ) as error:
-        # Pillow's plugins meet broken files with all of these.
+    except DECODER_ERRORS as error:
         raise SampleError(f"cannot be decoded: {_first_line(error)}") from error
 
 
