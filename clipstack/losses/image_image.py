@@ -30,4 +30,4 @@ def image_image_loss(inputs: Inputs, temperature: float) -> Tensor:
     )
     scale = torch.full((), kappa, dtype=inputs.acc, device=both.device)
     cosines, rows, _ = reduce_pairs(both, both, scale, plan)  # collective
-    return RowLoss()(kappa * cosines, rows.lse, rows.count, scale).mean()
+    return RowLoss()(kappa * cosines, rows.lse, rows.num_negatives, scale).mean()

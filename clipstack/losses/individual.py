@@ -55,13 +55,13 @@ class IndividualPairs:
         losses, log_us, taus = [], [], []
         for side, sums in ((IMAGE, rows), (TEXT, cols)):
             own_tau, own_log_u = tau[side, place], self._log_u[side, index[place]].to(inputs.acc)
-            log_g = sums.lse[:, 0] - sums.count.clamp(min=1).log() - cosines / own_tau
+            log_g = sums.lse[:, 0] - sums.num_negatives.clamp(min=1).log() - cosines / own_tau
             log_u = self._running(own_log_u, log_g.detach(), progress)
             log_weight = torch.logaddexp(log_u, log_u.new_tensor(self._config.eps).log())
             share = (log_g.detach() - log_weight).exp()
             surrogate = own_tau * share * log_g
             value = own_tau * (log_weight + self._config.rho)
-            some = sums.count > 0
+            some = sums.num_negatives > 0
             losses.append(torch.where(some, surrogate + (value - surrogate).detach(), 0.0 * surrogate).mean())
             slope = log_weight + self._config.rho - share * (mean_cosines[side] - cosines.detach()) / own_tau
             new_tau = (own_tau - self._config.lr * slope).clamp(self._config.tau_min, self._config.tau_max)
@@ -72,7 +72,7 @@ class IndividualPairs:
         # The global temperature has no part in this loss; a zero gradient keeps optimizers that want one content.
         loss = 0.5 * (losses[IMAGE] + losses[TEXT]) + 0.0 * inputs.scale
         terms = pair_terms(inputs, cosines, rows, cols, plain=1)
-        terms["effective_negatives"] = 0.5 * (rows.count.mean() + cols.count.mean())
+        terms["effective_negatives"] = 0.5 * (rows.num_negatives.mean() + cols.num_negatives.mean())
         terms["temperature"] = tau[:, place].mean()
         return loss, terms
 

@@ -55,7 +55,7 @@ def _masked_share(inputs: Inputs, rows: PairSums) -> Tensor:
     """Share of an image's pairs with others' captions that are masked as duplicates."""
     captions = inputs.world.size * len(inputs.text)
     own = 1 if inputs.owner is None else torch.bincount(inputs.owner, minlength=len(inputs.image))
-    return 1 - (rows.count / (captions - own)).mean()
+    return 1 - (rows.num_negatives / (captions - own)).mean()
 
 
 def _mean_hardest(side: PairSums) -> Tensor:

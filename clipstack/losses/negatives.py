@@ -20,7 +20,7 @@ class Negatives:
 
     @staticmethod
     def of(sums: PairSums) -> Negatives:
-        return Negatives(sums.lse, sums.count, sums.total)
+        return Negatives(sums.lse, sums.num_negatives, sums.total)
 
     def merge(self, other: Negatives) -> Negatives:
         """The union of two disjoint sets: log-sum-exp is a monoid."""

@@ -15,7 +15,7 @@ from clipstack.losses.individual import IndividualPairs
 from clipstack.losses.inputs import Inputs, NonFiniteError, check
 from clipstack.losses.sigmoid import SigmoidPairs
 from clipstack.losses.softmax import SoftmaxPairs
-from clipstack.losses.tiles import DEFAULT_TILE
+from clipstack.losses.tiles import CPU_TILE, CUDA_TILE
 from clipstack.losses.triton_tiles import require_triton
 from clipstack.losses.types import Embeddings, LossOutput
 from clipstack.objective_config import (
@@ -45,20 +45,22 @@ def build_objective(
     config: ObjectiveConfig | Mapping[str, Any],
     world: World | None = None,
     *,
-    tile: tuple[int, int] = DEFAULT_TILE,
+    tile: tuple[int, int] | None = None,
     triton: bool | None = None,
 ) -> Objective:
     """The objective that a recipe's `objective` table, or a dict like {"name": "clip"}, describes.
 
-    world: who takes part; the default process group where None. tile: rows and columns of one block of pairs, memory against
-    speed. triton: use the CUDA kernels; where None, if the environment has CLIPSTACK_TRITON=1. Raises ConfigError naming the
-    field that is wrong.
+    world: who takes part; the default process group where None. tile: rows and columns of one block of pairs, memory
+    against speed. triton: use the CUDA kernels; where None, if the environment has CLIPSTACK_TRITON=1. Raises ConfigError
+    naming the field that is wrong.
     """
     if isinstance(config, Mapping):
         config = parse_objective(config)
+    world = current_world() if world is None else world
+    if tile is None:
+        tile = CUDA_TILE if world.device.type == "cuda" else CPU_TILE
     if min(tile) < 1:
         raise ConfigError(f"tile = {tile}: give two numbers of at least 1")
-    world = current_world() if world is None else world
     use_triton = os.environ.get("CLIPSTACK_TRITON") == "1" if triton is None else triton
     if use_triton:
         require_triton(world.device)

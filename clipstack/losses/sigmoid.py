@@ -35,7 +35,7 @@ class SigmoidPairs:
         positives = -logsigmoid(inputs.scale * cosines + bias).sum()
         loss = (positives + rows.softplus.sum()) / len(inputs.image)
         terms = pair_terms(inputs, cosines, rows, cols, plain=0)
-        terms["effective_negatives"] = 0.5 * (rows.count.mean() + cols.count.mean())
+        terms["effective_negatives"] = 0.5 * (rows.num_negatives.mean() + cols.num_negatives.mean())
         terms["logit_bias"] = bias.detach().clone()
         return loss, terms
 

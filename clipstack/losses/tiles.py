@@ -20,7 +20,11 @@ from clipstack.losses.tile_math import EMPTY, Exponent, ExponentGradient, Tile, 
 from clipstack.losses.triton_tiles import TritonTiles
 from clipstack.world import World
 
-DEFAULT_TILE = (1024, 2048)
+CPU_TILE = (1024, 2048)
+CUDA_TILE = (4096, 8192)
+
+# torch 2.13 renamed it; the old name warns there and the new one is missing before.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 class Exclusions:
@@ -62,14 +66,14 @@ class PairSums(NamedTuple):
     """What each anchor sees of its negatives, (A, ...) for A anchors.
 
     lse: (A, K) log sum exp(kappa_k c). total: (A,) sum of cosines. softplus: (A,) sum of softplus(scale c + bias).
-    count: (A,) how many negatives. hardest: (A,) largest cosine of a negative, EMPTY without one.
+    num_negatives: (A,) how many. hardest: (A,) largest cosine of a negative, EMPTY without one.
     total and softplus are zero where the plan does not ask for them; softplus is summed for rows alone.
     """
 
     lse: Tensor
     total: Tensor
     softplus: Tensor
-    count: Tensor
+    num_negatives: Tensor
     hardest: Tensor
 
 
@@ -102,7 +106,7 @@ class Plan:
         """The arithmetic for tiles of these features. The Triton kernels know shared temperatures alone."""
         plain = all(exponent.shared is not None for exponent in self.exponents)
         if self.triton and plain and not self.linear and self.softplus is None and u.dtype != torch.float64:
-            return TritonTiles(u, v, self.exponents, self.graded)
+            return TritonTiles(u, v, self.exponents)
         return TorchTiles(u, v, self.exclusions.tile, self.exponents, linear=self.linear, softplus=self.softplus)
 
 
@@ -191,7 +195,7 @@ class _PairReduction(torch.autograd.Function):
             cols.lse[own].clone(), cols.total[own].clone(), cols.softplus[own].clone(), col_count, cols.hardest[own].clone()
         )
         ctx.mark_non_differentiable(
-            row_sums.count, row_sums.hardest, col_sums.softplus, col_sums.count, col_sums.hardest
+            row_sums.num_negatives, row_sums.hardest, col_sums.softplus, col_sums.num_negatives, col_sums.hardest
         )
         return (positive, *row_sums, *col_sums)
 
@@ -305,10 +309,10 @@ def _sum_own_over_ranks(per_column: Tensor, own: slice, world: World) -> Tensor:
     """This rank's columns of the sum over ranks: (N, D) -> (B', D). Collective."""
     if world.size == 1:
         return per_column
-    if dist.get_backend(world.group) == dist.Backend.GLOO:  # gloo has no reduce-scatter in the older releases we support
+    if dist.get_backend(world.group) == dist.Backend.GLOO:  # older gloo has no reduce-scatter
         return world.all_reduce(per_column)[own]
     out = torch.empty_like(per_column[own])
-    dist.reduce_scatter_tensor(out, per_column, group=world.group)
+    _reduce_scatter(out, per_column, group=world.group)
     return out
 
 

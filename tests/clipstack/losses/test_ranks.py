@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipstack.losses import Embeddings, build_objective
-from clipstack.world import World, current_world
+from clipstack.world import World
+from tests.clipstack.losses.ranks import run_ranks
 
 N, D = 12, 5
 
@@ -79,19 +78,9 @@ def all_results(world: World) -> list[dict[str, Tensor]]:
     ]
 
 
-def on_rank(rank: int, size: int, store: str, out: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    results = all_results(current_world())
-    if rank == 0:
-        torch.save(results, out)
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_together_give_the_loss_and_gradients_of_one_process(size: int, tmp_path: Path) -> None:
-    mp.spawn(on_rank, (size, str(tmp_path / "store"), str(tmp_path / "out.pt")), nprocs=size)
-    together = torch.load(tmp_path / "out.pt", weights_only=True)
+    together = run_ranks(all_results, size, tmp_path)[0]
     for number, (got, want) in enumerate(zip(together, all_results(World()), strict=True)):
         assert got.keys() == want.keys() and "logit_scale" in want and "image.weight" in want
         for key, value in want.items():
