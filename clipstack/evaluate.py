@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,19 +11,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipstack.config import EvalConfig, Recipe
+from clipstack.checkpoint import LoadedModel, load_model
+from clipstack.config import Recipe
+from clipstack.errors import ConfigError
+from clipstack.eval_data import Captions, EvalData, find_classnames, folders_beside, open_eval_data
+from clipstack.eval_page import write_page
+from clipstack.eval_report import Report, table, write_json
+from clipstack.eval_tasks import (
+    Prompts,
+    Setup,
+    caption_lines,
+    compositional_report,
+    probe_report,
+    retrieval_report,
+    zero_shot_report,
+)
 from clipstack.features import Encoder, Features, encode_all, encode_tokens, logit_scale_of
+from clipstack.launch import joined_world
 from clipstack.loader import EvalLoader, ShardSamples
 from clipstack.preprocess import Preprocess
 from clipstack.retrieval import retrieval_metrics, retrieval_ranks
-from clipstack.templates import load_templates, read_lines
+from clipstack.templates import load_templates
 from clipstack.world import World
 from clipstack.zero_shot import classifier, outcomes, zero_shot_metrics
 
+TASKS = ("zeroshot", "retrieval", "probe", "compositional")
+DEFAULT_TEMPLATES = "simple"
+
 MAX_RETRIEVAL_IN_TRAINING = 20_000
 """Validation sets with more images than this are not searched while training waits; `clipstack eval` does."""
-
-CLASSNAMES_FILE = "classnames.txt"
 
 
 @torch.no_grad()
@@ -49,7 +67,8 @@ def validate(encoder: Encoder, preprocess: Preprocess, recipe: Recipe, world: Wo
     scale = logit_scale_of(encoder, preprocess, world)
     if len(features.texts):
         values["clip_loss"] = clip_loss(features, scale, batch_size=recipe.train.batch_size)
-    classnames = _classnames_of(recipe.eval, paths)
+    beside = [folder for path in paths for folder in folders_beside(path)]
+    classnames = find_classnames(recipe.eval.classnames, beside, key="eval.classnames")
     if classnames is not None and bool((features.label >= 0).any()):
         values |= _classify(encoder, features, classnames, recipe.eval.templates, scale, preprocess, world)
     if _is_searchable(features) and len(features.sample) <= MAX_RETRIEVAL_IN_TRAINING:
@@ -57,12 +76,6 @@ def validate(encoder: Encoder, preprocess: Preprocess, recipe: Recipe, world: Wo
             retrieval_ranks(features.images, features.texts, features.owner, world=world)
         )
     return values
-
-
-def caption_lines(stored: tuple[str, ...]) -> tuple[str, ...]:
-    """The captions of a sample: its stored texts, each line of them one caption, as CLIP_benchmark reads
-    them."""
-    return tuple(line for text in stored for line in text.splitlines() if line.strip())
 
 
 def count_bad(loader: EvalLoader, world: World) -> int:
@@ -97,17 +110,6 @@ def _batch_loss(images: Tensor, texts: Tensor, logit_scale: float) -> Tensor:
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def _classnames_of(config: EvalConfig, paths: Sequence[str]) -> tuple[str, ...] | None:
-    if config.classnames is not None:
-        return read_lines(config.classnames, key="eval.classnames")
-    for path in paths:
-        where = Path(path)
-        beside = (where if where.is_dir() else where.parent) / CLASSNAMES_FILE
-        if beside.is_file():
-            return read_lines(beside, key="data.val")
-    return None
-
-
 def _classify(
     encoder: Encoder,
     features: Features,
@@ -134,3 +136,114 @@ def _classify(
 def _is_searchable(features: Features) -> bool:
     """Whether every image has a caption, and there is one at all."""
     return len(features.texts) > 0 and len(torch.unique_consecutive(features.owner)) == len(features.sample)
+
+
+# ---- The command ----
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="PATH",
+        help="shards (file, folder, brace pattern, URL), a CLIP_benchmark folder, an ImageFolder tree; "
+        "for compositional: .jsonl, or SugarCrepe's or ARO's .json",
+    )
+    parser.add_argument("--task", choices=TASKS, required=True, help="what to measure")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the numbers there")
+    parser.add_argument("--html", type=Path, metavar="OUT", help="write one self-contained page there")
+    parser.add_argument(
+        "--templates",
+        metavar="NAME|FILE",
+        help="prompt templates: single, simple, ensemble, openai, or a file with {} or {c} in each line; "
+        "default: the data set's own, else simple",
+    )
+    parser.add_argument("--classnames", type=Path, metavar="FILE", help="class names, line k for class k-1")
+    parser.add_argument("--split", default="test", help="folder of a CLIP_benchmark data set (default: test)")
+    parser.add_argument("--train-data", metavar="PATH", help="probe: labelled data to learn from")
+    parser.add_argument("--neighbours", type=int, default=20, help="probe: k of k-NN (default: 20)")
+    parser.add_argument(
+        "--inverse-penalty", type=float, default=0.316, help="probe: scikit-learn's C (default: 0.316)"
+    )
+    parser.add_argument("--images", type=Path, metavar="DIR", help="compositional: folder of the images")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command that runs a model over data takes."""
+    parser.add_argument("--model", required=True, metavar="M", help="run, exported folder or open_clip name")
+    parser.add_argument(
+        "--pretrained", metavar="TAG|FILE", help="weights of an open_clip name: its tag or a file"
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
+    parser.add_argument("--batch-size", type=_positive, default=64, help="images at once (default: 64)")
+    parser.add_argument("--workers", type=int, default=2, help="loader processes a rank (default: 2)")
+    # Launchers add it; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """`clipstack eval`. Raises ClipstackError."""
+    with joined_world(args.device) as world, torch.no_grad():
+        loaded = load_model(args.model, pretrained=args.pretrained, device=world.device)
+        _warn_of_random_weights(loaded, world)
+        setup = Setup(loaded, world, batch_size=args.batch_size, workers=args.workers)
+        report, data = _evaluate(setup, args)
+        if world.is_main:
+            print(table(report))
+            if args.json is not None:
+                write_json(args.json, report)
+            if args.html is not None:
+                write_page(args.html, report, None if data is None else data.samples)
+    return 0
+
+
+def _evaluate(setup: Setup, args: argparse.Namespace) -> tuple[Report, EvalData | None]:
+    """The report, and the data that its examples come from. Collective."""
+    if args.task == "compositional":
+        path = Path(args.data)
+        folder = args.images or (path if path.is_dir() else path.parent)
+        return compositional_report(setup, path, folder), None
+    captions: Captions = "required" if args.task == "retrieval" else "ignored"
+    data = open_eval_data(args.data, captions=captions, split=args.split, classnames=args.classnames)
+    match args.task:
+        case "zeroshot":
+            return zero_shot_report(setup, data, _prompts(args.templates, data)), data
+        case "retrieval":
+            return retrieval_report(setup, data), data
+        case "probe":
+            if args.train_data is None:
+                raise ConfigError("--task probe: give --train-data PATH, labelled samples to learn from")
+            train = open_eval_data(args.train_data, captions="ignored", split="train")
+            return probe_report(
+                setup, train, data, neighbours=args.neighbours, inverse_penalty=args.inverse_penalty
+            ), data
+    raise AssertionError(args.task)  # argparse allows no other
+
+
+def _prompts(given: str | None, data: EvalData) -> Prompts:
+    if given is None and data.templates is not None:
+        return Prompts("the data set's own", data.templates)
+    name = given or DEFAULT_TEMPLATES
+    return Prompts(name, load_templates(name))
+
+
+def _warn_of_random_weights(loaded: LoadedModel, world: World) -> None:
+    if loaded.is_random and world.is_main:
+        print(
+            f"warning: --model {loaded.name} without --pretrained has random weights: expect chance",
+            file=sys.stderr,
+        )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: must be 1 or more")
+    return value
+
+
+if __name__ == "__main__":  # deepspeed --module clipstack.evaluate ...
+    from clipstack.cli import main
+
+    sys.exit(main(["eval", *sys.argv[1:]]))

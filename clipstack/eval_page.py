@@ -1,0 +1,235 @@
+"""The page of `clipstack eval --html`: one file, no scripts, nothing from the network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from clipstack.errors import DataError, SampleError, ShardError
+from clipstack.eval_report import Example, Report
+from clipstack.files import write_text
+from clipstack.loader import EvalSamples
+from data_pipelines.images import open_image
+
+THUMBNAIL = 160
+"""longest side in pixels"""
+MAX_MATRIX_CLASSES = 60
+"""A matrix of more classes cannot be read; the most frequent confusions are listed instead."""
+MAX_CONFUSIONS = 30
+
+_STYLE = """
+:root { --ink: #1c2430; --soft: #5b6675; --line: #dde2e8; --bar: #3b6fb6; --bad: #b4483b; --paper: #fff;
+--back: #f5f7f9; } @media (prefers-color-scheme: dark) {
+  :root { --ink: #e6eaf0; --soft: #9aa6b5; --line: #333c48; --bar: #7aa7e0; --bad: #e08a7a; --paper: #1a2029;
+  --back: #12161c; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 24px 16px 48px; }
+h1 { font-size: 24px; margin: 0 0 4px; overflow-wrap: anywhere; } h2 { font-size: 17px; margin: 32px 0 12px; }
+.soft { color: var(--soft); }
+.grid { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
+.card { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 12px; min-width:
+0; } .card b { display: block; font-size: 22px; } .card i { color: var(--soft); font-style: normal; font-size:
+13px; } .scroll { overflow-x: auto; }
+figure { margin: 0; } figure img { width: 100%; height: 130px; object-fit: contain; image-rendering: auto; }
+figcaption { font-size: 13px; margin-top: 6px; overflow-wrap: anywhere; }
+table { border-collapse: collapse; font-size: 13px; } td, th { padding: 2px 10px 2px 0; text-align: left; }
+td.n { text-align: right; font-variant-numeric: tabular-nums; }
+svg { width: 100%; max-width: 460px; height: auto; display: block; }
+svg text { fill: var(--soft); font-size: 11px; }
+svg .bar { fill: var(--bar); } svg .line { fill: none; stroke: var(--bar); stroke-width: 2; }
+svg .other { fill: none; stroke: var(--bad); stroke-width: 2; } svg .axis { stroke: var(--line); fill: none; }
+"""
+
+
+def write_page(path: Path, report: Report, samples: EvalSamples | None) -> None:
+    """Raises DataError where the file cannot be written. samples: where the examples' images come from."""
+    page = render_page(report, samples)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, page)
+    except OSError as error:
+        raise DataError(f"--html {path}: cannot be written: {error.strerror}") from error
+
+
+def render_page(report: Report, samples: EvalSamples | None) -> str:
+    """Equal reports give equal pages."""
+    source = report.source
+    sections = [
+        _cards(report),
+        *_curves(report),
+        *_confusion(report),
+        *_per_class(report),
+        *(_examples(report, samples) if samples is not None else []),
+        *_skipped(report),
+    ]
+    told = [f"model {source.model}", f"fingerprint {source.fingerprint}", f"data {source.data}"]
+    if source.templates is not None:
+        told.append(f"templates: {source.templates}")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(report.task)}: {escape(source.model)}</title><style>{_STYLE}</style></head>"
+        "<body><main>"
+        f"<h1>{escape(report.task)}: {escape(source.model)}</h1>"
+        f'<p class="soft">{escape(" · ".join(told))}</p>{"".join(sections)}</main></body></html>\n'
+    )
+
+
+def _cards(report: Report) -> str:
+    cards = [("samples", f"{report.n:,}", "")]
+    for name, value in report.metrics.items():
+        low, high = report.intervals.get(name, (math.nan, math.nan))
+        spread = f"<br><i>95 %: {low:.3f} to {high:.3f}</i>" if name in report.intervals else ""
+        cards.append((name.replace("_", " "), f"{value:.3f}" if math.isfinite(value) else "none", spread))
+    inner = "".join(
+        f'<div class="card"><b>{value}</b><i>{escape(name)}</i>{spread}</div>'
+        for name, value, spread in cards
+    )
+    return f'<div class="grid">{inner}</div>'
+
+
+def _curves(report: Report) -> list[str]:
+    out = []
+    if "reliability" in report.details:
+        out.append("<h2>Reliability</h2>" + _reliability(report.details["reliability"]))
+    if "recall_curve" in report.details:
+        out.append("<h2>Recall at k</h2>" + _recall(report.details["recall_curve"]))
+    return out
+
+
+def _reliability(bins: Mapping[str, Sequence[float]]) -> str:
+    """Accuracy of each bin of confidence; a calibrated model follows the diagonal."""
+    count = len(bins["count"])
+    bars = "".join(_bin_bar(bins, k, width=400 / count) for k in range(count))
+    axis = '<path class="axis" d="M30 10V210H430"/><path class="other" d="M30 210L430 10"/>'
+    return _figure(bars + axis, "confidence of the prediction", "share that is right")
+
+
+def _bin_bar(bins: Mapping[str, Sequence[float]], k: int, *, width: float) -> str:
+    height = 200 * bins["accuracy"][k]
+    told = f"{bins['count'][k]:,} samples, confidence {bins['confidence'][k]:.3f}, accuracy {bins['accuracy'][k]:.3f}"
+    return (
+        f'<rect class="bar" x="{30 + k * width + 1:.1f}" y="{210 - height:.1f}" width="{width - 2:.1f}" '
+        f'height="{height:.1f}"><title>{told}</title></rect>'
+    )
+
+
+def _recall(curves: Mapping[str, Sequence[Sequence[float]]]) -> str:
+    parts, legend = [], []
+    for (direction, points), style in zip(curves.items(), ("line", "other"), strict=False):
+        last = math.log10(max(points[-1][0], 10))
+        path = "L".join(
+            f"{30 + 400 * math.log10(k) / last:.1f} {210 - 200 * recall:.1f}" for k, recall in points
+        )
+        parts.append(f'<path class="{style}" d="M{path}"/>')
+        legend.append(f"{'blue' if style == 'line' else 'red'}: {direction.replace('_', ' ')}")
+    axis = '<path class="axis" d="M30 10V210H430"/>'
+    return _figure("".join(parts) + axis, f"k, from 1, logarithmic ({'; '.join(legend)})", "share found")
+
+
+def _figure(inner: str, x_label: str, y_label: str) -> str:
+    return (
+        f'<div class="card"><svg viewBox="0 0 440 240" role="img">{inner}'
+        f'<text x="30" y="230">{escape(x_label)}</text><text x="34" y="18">{escape(y_label)}</text>'
+        '<text x="10" y="18">1</text><text x="10" y="214">0</text></svg></div>'
+    )
+
+
+def _confusion(report: Report) -> list[str]:
+    if "confusion" not in report.details:
+        return []
+    names, cells = report.details["classnames"], report.details["confusion"]
+    drawn = _matrix(names, cells) if len(names) <= MAX_MATRIX_CLASSES else ""
+    wrong = sorted((cell for cell in cells if cell[0] != cell[1]), key=lambda cell: -cell[2])[:MAX_CONFUSIONS]
+    rows = "".join(
+        f'<tr><td>{escape(names[true])}</td><td>{escape(names[said])}</td><td class="n">{count:,}</td></tr>'
+        for true, said, count in wrong
+    )
+    listed = f"<table><tr><th>true</th><th>predicted</th><th>count</th></tr>{rows}</table>"
+    return [f'<h2>Confusion</h2><div class="card scroll">{drawn}{listed if rows else "none"}</div>']
+
+
+def _matrix(names: Sequence[str], cells: Sequence[Sequence[int]]) -> str:
+    """Rows are true classes, columns predicted ones; a full cell is a whole row."""
+    side = 400 / len(names)
+    totals = [0] * len(names)
+    for true, _, count in cells:
+        totals[true] += count
+    squares = "".join(
+        f'<rect class="bar" x="{20 + said * side:.2f}" y="{20 + true * side:.2f}" width="{side:.2f}" '
+        f'height="{side:.2f}" fill-opacity="{count / totals[true]:.3f}"><title>{escape(names[true])} as '
+        f"{escape(names[said])}: {count}</title></rect>"
+        for true, said, count in cells
+    )
+    frame = '<rect class="axis" x="20" y="20" width="400" height="400"/>'
+    return (
+        f'<svg viewBox="0 0 440 440" role="img">{squares}{frame}'
+        '<text x="20" y="14">predicted class; point at a cell for its names</text></svg>'
+    )
+
+
+def _per_class(report: Report) -> list[str]:
+    if "per_class" not in report.details:
+        return []
+    rows = "".join(
+        f'<tr><td>{escape(row["class"])}</td><td class="n">{row["n"]:,}</td>'
+        f'<td class="n">{_share(row["recall"])}</td><td class="n">{_share(row["precision"])}</td></tr>'
+        for row in sorted(
+            report.details["per_class"], key=lambda row: (row["recall"] is None, row["recall"] or 0)
+        )
+    )
+    head = "<tr><th>class</th><th>samples</th><th>recall</th><th>precision</th></tr>"
+    return [f'<h2>Classes, the worst first</h2><div class="card scroll"><table>{head}{rows}</table></div>']
+
+
+def _share(value: float | None) -> str:
+    return "none" if value is None else f"{value:.1%}"
+
+
+def _examples(report: Report, samples: EvalSamples) -> list[str]:
+    out = []
+    for title, is_good in (("Best examples", True), ("Worst examples", False)):
+        figures = "".join(_example(one, samples) for one in report.examples if one.is_good == is_good)
+        if figures:
+            out.append(f'<h2>{title}</h2><div class="grid">{figures}</div>')
+    return out
+
+
+def _example(example: Example, samples: EvalSamples) -> str:
+    key = "/".join(samples.place(example.sample))
+    picture = f'<img alt="{escape(key)}" src="{_thumbnail(samples, example.sample)}">'
+    caption = f'<figcaption title="{escape(key)}">{escape(example.caption)}</figcaption>'
+    return f'<figure class="card">{picture}{caption}</figure>'
+
+
+def _thumbnail(samples: EvalSamples, sample: int) -> str:
+    """A data URL; an empty one where the image has become unreadable since it was evaluated."""
+    try:
+        image = open_image(samples.read(sample).image, max_pixels=samples.max_image_pixels)
+    except (SampleError, ShardError):
+        return "data:,"
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def _skipped(report: Report) -> list[str]:
+    counts = {name: count for name, count in report.skipped.counts().items() if count}
+    if not counts and not report.skipped.examples:
+        return []
+    rows = "".join(
+        f'<tr><td>{escape(name.replace("_", " "))}</td><td class="n">{count:,}</td></tr>'
+        for name, count in counts.items()
+    )
+    listed = "".join(
+        f"<tr><td>{escape(bad.shard)}</td><td>{escape(bad.key or '')}</td><td>{escape(bad.reason)}</td></tr>"
+        for bad in report.skipped.examples
+    )
+    return [f'<h2>Left out</h2><div class="card scroll"><table>{rows}</table><table>{listed}</table></div>']
