@@ -33,14 +33,16 @@ IMAGE_SIZE = 48  # pixels, square
 
 # Things are bright and backgrounds dark, so that a thing's outline looks alike in every colour.
 COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (240, 70, 70),
-    "green": (80, 205, 90),
-    "blue": (85, 135, 255),
-    "yellow": (250, 220, 75),
-    "purple": (190, 105, 250),
-    "white": (245, 245, 245),
+    "red": (240, 65, 65),
+    "orange": (252, 150, 45),
+    "yellow": (250, 228, 80),
+    "green": (75, 205, 90),
+    "cyan": (70, 215, 228),
+    "blue": (80, 125, 255),
+    "purple": (190, 95, 248),
+    "white": (246, 246, 246),
 }
-SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "star", "bar", "moon")
 SIZES: dict[str, float] = {"small": 9.0, "large": 13.5}  # diameter in pixels
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "black": (14, 14, 16),
@@ -73,16 +75,22 @@ PLACE_PHRASES = {
     "bottom": "at the bottom",
     "bottom right": "at the bottom right",
 }
+# Relation of the first of two things to the second -> their places.
+RELATIONS: dict[str, tuple[str, str]] = {
+    "left of": ("left", "right"),
+    "right of": ("right", "left"),
+    "above": ("top", "bottom"),
+    "below": ("bottom", "top"),
+}
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-RELATIONS = tuple(INVERSE)  # of the first thing to the second; both stand in one row or one column
 JITTER_PX = 1  # a thing stands up to this far from the centre of its cell, along each axis
 
-# A permutation: each colour and each shape is held out once, so all of them are trained in five other pairs.
+# No colour and no shape twice: each of them is trained in at least seven other pairs.
 HELD_OUT: tuple[tuple[str, str], ...] = (
     ("red", "star"),
+    ("yellow", "ring"),
     ("green", "square"),
     ("blue", "triangle"),
-    ("yellow", "ring"),
     ("purple", "circle"),
     ("white", "cross"),
 )
@@ -99,6 +107,8 @@ SYNONYMS: dict[str, tuple[str, ...]] = {  # the canonical word first; it is draw
     "cross": ("cross", "plus"),
     "ring": ("ring", "hoop"),
     "star": ("star",),
+    "bar": ("bar",),
+    "moon": ("moon", "crescent"),
     "shape": ("shape", "object", "thing"),
     "left of": ("left of", "to the left of"),
     "right of": ("right of", "to the right of"),
@@ -107,7 +117,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {  # the canonical word first; it is draw
 }
 
 CAPTIONS_PER_IMAGE = 12
-SINGLE_SHARE = 0.4  # of the training scenes; single objects teach shape and place before relations need them
+SINGLE_SHARE = 0.5  # of the training scenes; single objects teach shape and place before relations need them
 SAMPLES_PER_SHARD = 2500
 
 
@@ -156,29 +166,12 @@ def _double(rng: random.Random, pairs: Sequence[tuple[str, str]]) -> Scene:
     """Two things that differ in colour and in shape, so that swapping their colours changes what is said."""
     first = _pick(rng, pairs)
     second = _pick(rng, [pair for pair in pairs if pair[0] != first[0] and pair[1] != first[1]])
-    relation = _pick(rng, RELATIONS)
-    places = _pick(rng, places_in_relation(relation))
+    relation = _pick(rng, tuple(RELATIONS))
     things = tuple(
         Thing(colour, shape, _pick(rng, tuple(SIZES)), place)
-        for (colour, shape), place in zip((first, second), places, strict=True)
+        for (colour, shape), place in zip((first, second), RELATIONS[relation], strict=True)
     )
     return Scene(things, _pick(rng, tuple(BACKGROUNDS)), relation)
-
-
-@lru_cache
-def places_in_relation(relation: str) -> tuple[tuple[str, str], ...]:
-    """Every two places of which the first is `relation` the second."""
-    return tuple((a, b) for a in PLACES for b in PLACES if _relation(PLACES[a], PLACES[b]) == relation)
-
-
-def _relation(one: tuple[int, int], other: tuple[int, int]) -> str | None:
-    """Relation between two cells of one row or one column; None for any others."""
-    across, down = one[0] - other[0], one[1] - other[1]
-    if (across == 0) == (down == 0):
-        return None
-    if across:
-        return "left of" if across < 0 else "right of"
-    return "above" if down < 0 else "below"
 
 
 def train_scene(seed: int, index: int) -> Scene:
@@ -259,6 +252,15 @@ def _paint_star(draw: ImageDraw.ImageDraw, c: float, r: float) -> None:
     )
 
 
+def _paint_bar(draw: ImageDraw.ImageDraw, c: float, r: float) -> None:
+    draw.rectangle((c - r, c - 0.32 * r, c + r, c + 0.32 * r), fill=255)
+
+
+def _paint_moon(draw: ImageDraw.ImageDraw, c: float, r: float) -> None:
+    draw.ellipse((c - r, c - r, c + r, c + r), fill=255)
+    draw.ellipse((c - 0.3 * r, c - 0.9 * r, c + 1.5 * r, c + 0.9 * r), fill=0)
+
+
 _PAINTERS: dict[str, Callable[[ImageDraw.ImageDraw, float, float], None]] = {
     "circle": _paint_circle,
     "square": _paint_square,
@@ -266,6 +268,8 @@ _PAINTERS: dict[str, Callable[[ImageDraw.ImageDraw, float, float], None]] = {
     "cross": _paint_cross,
     "ring": _paint_ring,
     "star": _paint_star,
+    "bar": _paint_bar,
+    "moon": _paint_moon,
 }
 
 
@@ -290,13 +294,22 @@ def _tint(colour: tuple[int, int, int], rng: random.Random, spread: int) -> NDAr
 
 # ---------------------------------------------------------------------------------------------- captions
 
-# Which attributes a caption names of a thing, with weights. Shape without colour makes shape worth learning.
-_NAMED: tuple[tuple[float, tuple[str, ...]], ...] = (
-    (0.40, ("size", "colour", "shape")),
-    (0.25, ("colour", "shape")),
+# Which attributes a caption names of a thing, with weights. Whatever the rest of a caption settles is not
+# learned: only captions without colour teach shape, and only those that name little teach place and relation.
+_FULL: tuple[tuple[float, tuple[str, ...]], ...] = (
+    (0.30, ("size", "colour", "shape")),
+    (0.15, ("colour", "shape")),
+    (0.15, ("size", "colour")),
     (0.10, ("size", "shape")),
+    (0.15, ("colour",)),
     (0.15, ("shape",)),
-    (1.00, ("colour",)),  # all the rest
+)
+_SPARSE: tuple[tuple[float, tuple[str, ...]], ...] = (
+    (0.35, ("colour",)),
+    (0.35, ("shape",)),
+    (0.10, ("colour", "shape")),
+    (0.10, ("size", "colour")),
+    (0.10, ("size", "shape")),
 )
 
 
@@ -305,15 +318,20 @@ def _word(word: str, rng: random.Random) -> str:
     return options[0] if rng.random() < 0.5 else _pick(rng, options)
 
 
-def _thing_phrase(thing: Thing, rng: random.Random) -> str:
+def _thing_phrase(
+    thing: Thing, rng: random.Random, choices: tuple[tuple[float, tuple[str, ...]], ...] = _FULL
+) -> str:
     draw = rng.random()
-    # The first entry whose running sum of weights passes the draw.
-    sums = accumulate(weight for weight, _ in _NAMED)
-    named = next(names for reached, (_, names) in zip(sums, _NAMED, strict=True) if draw < reached)
+    sums = accumulate(weight for weight, _ in choices)
+    named = next((names for reached, (_, names) in zip(sums, choices, strict=True) if draw < reached), ())
     words = [_word(thing.size, rng)] if "size" in named else []
     words += [thing.colour] if "colour" in named else []
     words += [_word(thing.shape if "shape" in named else "shape", rng)]
-    return "a " + " ".join(words)
+    return _with_article(" ".join(words))
+
+
+def _with_article(words: str) -> str:
+    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
 def full_phrase(thing: Thing) -> str:
@@ -334,26 +352,29 @@ def caption(scene: Scene, rng: random.Random) -> str:
     """One rendering of what is seen: synonyms, attributes left out, things in either order."""
     body = _single_body(scene.things[0], rng) if len(scene.things) == 1 else _double_body(scene, rng)
     draw = rng.random()
-    if draw < 0.2:
+    if draw < 0.12:
         return f"{body} on a {scene.background} background"
-    return f"{body} on {scene.background}" if draw < 0.4 else body
+    return f"{body} on {scene.background}" if draw < 0.25 else body
 
 
 def _single_body(thing: Thing, rng: random.Random) -> str:
+    draw = rng.random()
+    if draw < 0.2:
+        return f"{_with_article(_word('shape', rng))} {PLACE_PHRASES[thing.place]}"
     phrase = _thing_phrase(thing, rng)
-    return f"{phrase} {PLACE_PHRASES[thing.place]}" if rng.random() < 0.6 else phrase
+    return f"{phrase} {PLACE_PHRASES[thing.place]}" if draw < 0.7 else phrase
 
 
 def _double_body(scene: Scene, rng: random.Random) -> str:
     told = inverted(scene) if rng.random() < 0.5 else scene
     first, second = told.things
     draw = rng.random()
-    if draw < 0.15:
-        return f"{_thing_phrase(first, rng)} {PLACE_PHRASES[first.place]}"
+    if draw < 0.4:
+        return f"{_thing_phrase(first, rng, _SPARSE)} {PLACE_PHRASES[first.place]}"
     one, other = _thing_phrase(first, rng), _thing_phrase(second, rng)
-    if draw < 0.25:
-        return f"{one} and {other}"
     if draw < 0.45:
+        return f"{one} and {other}"
+    if draw < 0.65:
         return f"{one} {PLACE_PHRASES[first.place]} and {other} {PLACE_PHRASES[second.place]}"
     assert told.relation is not None  # two things always stand in a relation
     return f"{one} {_word(told.relation, rng)} {other}"
@@ -390,7 +411,7 @@ def _alternatives(scene: Scene) -> dict[str, list[Scene]]:
     first = scene.things[0]
     choices = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES)}
     probes = {
-        f"{factor}_in_pair": [scene]
+        f"{factor} in pair": [scene]
         + [_with_first(scene, factor, value) for value in values if value != getattr(first, factor)]
         for factor, values in choices.items()
     }
@@ -404,26 +425,23 @@ def _alternatives(scene: Scene) -> dict[str, list[Scene]]:
 
 
 def probe_rows(scenes: Sequence[Scene], keys: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """One row for each probe of each scene: the captions to tell apart, and which of them is true.
-
-    The true caption's position changes from row to row, so that a model that cannot tell scores chance.
-    """
-    for index, (scene, key) in enumerate(zip(scenes, keys, strict=True)):
-        for probe, options in _alternatives(scene).items():
-            answer = index % len(options)
+    """One row for each probe of each scene: the true caption and the false ones that it has to beat."""
+    for scene, key in zip(scenes, keys, strict=True):
+        for kind, options in _alternatives(scene).items():
             true, *false = [full_caption(option) for option in options]
-            candidates = [*false[:answer], true, *false[answer:]]
-            yield {"probe": probe, "key": key, "candidates": candidates, "answer": answer}
+            yield {"kind": kind, "image": key, "caption": true, "negatives": false}
 
 
 def prompts() -> dict[str, dict[str, list[str]]]:
     """Zero-shot prompts for single things: factor -> class -> prompts whose mean stands for the class."""
     return {
-        "colour": {c: [f"a {c} {s}" for s in (*SHAPES, "shape")] for c in COLOURS},
-        "shape": {s: [f"a {s}", *(f"a {c} {s}" for c in COLOURS)] for s in SHAPES},
+        "colour": {c: [_with_article(f"{c} {s}") for s in (*SHAPES, "shape")] for c in COLOURS},
+        "shape": {s: [f"a {s}", *(_with_article(f"{c} {s}") for c in COLOURS)] for s in SHAPES},
         "size": {z: [f"a {z} {s}" for s in SHAPES] for z in SIZES},
-        "place": {p: [f"a {s} {PLACE_PHRASES[p]}" for s in SHAPES] for p in PLACES},
-        "colour x shape": {f"{c} {s}": [f"a {c} {s}", *(f"a {z} {c} {s}" for z in SIZES)] for c, s in PAIRS},
+        "place": {p: [f"a {s} {PLACE_PHRASES[p]}" for s in (*SHAPES, "shape")] for p in PLACES},
+        "colour x shape": {
+            f"{c} {s}": [_with_article(f"{c} {s}"), *(f"a {z} {c} {s}" for z in SIZES)] for c, s in PAIRS
+        },
     }
 
 
