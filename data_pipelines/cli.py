@@ -61,7 +61,7 @@ class OneLineParser(argparse.ArgumentParser):
         return known
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"{self.prog}: {message}\n")
+        self.exit(USAGE, f"error: {self.prog}: {message}\n")
 
 
 def main(argv: list[str]) -> int:
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(COMMANDS)}"
-        return _fail(f"unknown command {name!r}: {hint}", USAGE)
+        return _fail(f"{name}: no such command; {hint}", USAGE)
     try:
         return _run(name, argv[1:])
     except SystemExit as exit_:  # argparse's, after --help or a wrong argument
@@ -110,7 +110,7 @@ def _run(name: str, argv: list[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"clipstack data: {message}", file=sys.stderr)
+    print(f"error: clipstack data {message}", file=sys.stderr)
     return code
 
 

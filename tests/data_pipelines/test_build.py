@@ -283,7 +283,7 @@ def test_mistakes_cost_one_line_and_exit_code_2(
     (tmp_path / "bad.txt").write_text("# list\nsha256:zz\n")
     filled = [a.replace("{tmp}", str(tmp_path)) for a in args]
     assert build(*filled, "-o", tmp_path / "out") == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("clipstack data")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert message.replace("{tmp}", str(tmp_path)) in lines[0]
     assert not (tmp_path / "out").exists()
