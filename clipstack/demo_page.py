@@ -1,0 +1,122 @@
+"""The page at the end of `clipstack demo`: what was trained, what it knows and what not, in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from clipstack.config import Recipe
+from clipstack.demo_probes import Score
+from clipstack.files import write_text
+from clipstack.page import bar, document, line_chart, picture
+from clipstack.reporting import METRICS_FILE, read_lines
+
+MEANING = {
+    "colour": "names the colour of a single thing",
+    "shape": "names its shape",
+    "size": "tells small from large",
+    "place": "says where in the picture it is",
+    "colour x shape": "names colour and shape together, though the two never met in training",
+    "relation": "tells which of two things is left of, right of, above or below the other",
+    "binding": "knows which of two things has which colour: the rival caption has the colours swapped",
+    "order": "tells 'A left of B' from 'B left of A'",
+    "image to text R@1": "finds the caption of a picture among all test captions",
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A test picture, the caption that the model picked for it, and the true one."""
+
+    image_png: bytes
+    chosen: str
+    true: str
+
+
+@dataclass(frozen=True)
+class Examined:
+    """All that the demo tells of its model."""
+
+    scores: Mapping[str, Score]
+    num_captions: int
+    examples: list[Example]
+
+
+def write_page(path: Path, run_dir: Path, examined: Examined, recipe: Recipe, *, minutes: float) -> Path:
+    """Returns `path`."""
+    metrics = [line for line in read_lines(run_dir / METRICS_FILE) if "event" not in line]
+    charts = [
+        line_chart("Loss", {"loss": [(m["step"], m["loss"]) for m in metrics]}),
+        line_chart(
+            "Logit scale (its log)", {"logit_scale": [(m["step"], m["logit_scale"]) for m in metrics]}
+        ),
+        line_chart("Learning rate", {"lr": [(m["step"], m["lr"]) for m in metrics]}),
+        line_chart("Samples a second", {"samples/s": [(m["step"], m["samples_per_s"]) for m in metrics]}),
+    ]
+    body = [
+        "<h1>A CLIP model, trained here just now</h1>",
+        f'<p class="soft">{_what_was_done(recipe, minutes)}</p>',
+        "<h2>What it knows</h2>",
+        "<p>Every question is about pictures whose pair of colour and shape never met in training, images and captions "
+        "alike. The mark in each bar is what guessing would reach.</p>",
+        f'<div class="scroll"><table>{"".join(_row(*item) for item in examined.scores.items())}</table></div>',
+        f"<p>{_verdict(examined.scores)}</p>",
+        "<h2>Which caption it picks</h2>",
+        f"<p>Each picture below searches all {examined.num_captions:,} captions of the test set.</p>",
+        f'<div class="grid">{"".join(_example(e.image_png, e.chosen, e.true) for e in examined.examples)}</div>',
+        "<h2>How it learned</h2>",
+        f'<div class="grid wide">{"".join(charts)}</div>',
+        "<h2>What to try next</h2>",
+        f"<p>Serve it: <code>clipstack serve --model {escape(str(run_dir))}</code>. "
+        "Train on your own pictures: <code>clipstack data build --help</code>, then a recipe from "
+        "<code>configs/</code>.</p>",
+    ]
+    write_text(path, document("clipstack demo", "".join(body)))
+    return path
+
+
+def _what_was_done(recipe: Recipe, minutes: float) -> str:
+    samples = recipe.train.steps * recipe.train.batch_size
+    took = f" in {minutes:.1f} minutes" if minutes > 0.1 else ""
+    return (
+        f"A vision transformer and a text transformer, from random weights, on {samples:,} drawn pictures with captions"
+        f"{took}: {recipe.train.steps:,} steps of {recipe.train.batch_size}, objective {recipe.objective.name}."
+    )
+
+
+def _row(name: str, score: Score) -> str:
+    return (
+        f"<tr><td><b>{escape(name)}</b></td><td>{bar(score.accuracy, score.chance)}</td>"
+        f'<td class="n">{score.accuracy:.1%}</td><td class="n soft">chance {score.chance:.1%}</td>'
+        f'<td class="soft">{escape(MEANING.get(name, ""))}</td></tr>'
+    )
+
+
+def _verdict(scores: Mapping[str, Score]) -> str:
+    """In words: what it has, what it half has, and what it has not."""
+    learned: list[str] = []
+    partly: list[str] = []
+    missing: list[str] = []
+    for name, score in scores.items():
+        lift = (score.accuracy - score.chance) / (1 - score.chance)
+        (learned if lift > 0.7 else partly if lift > 0.15 else missing).append(name)
+    parts = [(learned, "It has learned"), (partly, "it has partly learned"), (missing, "it has not learned")]
+    said = [f"{words} {_listed(names)}" for names, words in parts if names]
+    text = "; ".join(said)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _example(png: bytes, chosen: str, true: str) -> str:
+    if chosen == true:
+        words = f'<span class="right">✓ {escape(chosen)}</span>'
+    else:
+        words = (
+            f'<span class="wrong">✗ {escape(chosen)}</span><br><span class="soft">true: {escape(true)}</span>'
+        )
+    return f'<div class="card">{picture(png, true)}<div>{words}</div></div>'
