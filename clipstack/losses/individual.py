@@ -108,7 +108,7 @@ class IndividualPairs:
         self._pending = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"log_u": self._log_u, "tau": self._tau}
+        return {"log_u": self._log_u.clone(), "tau": self._tau.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if set(state) != {"log_u", "tau"} or state["log_u"].shape != state["tau"].shape:

@@ -74,6 +74,7 @@ class RowLoss:
         target = positive
         if label_smoothing > 0.0 and total is not None:
             target = (1 - label_smoothing) * positive + label_smoothing * (positive + total) / (count + 1)
-        if self.alpha == 0.0:
-            return torch.where(count > 0, log_negatives - target, 0.0 * positive)
-        return torch.logaddexp(positive + math.log(self.alpha), log_negatives) - target
+        denominator = log_negatives
+        if self.alpha > 0.0:
+            denominator = torch.logaddexp(positive + math.log(self.alpha), log_negatives)
+        return torch.where(count > 0, denominator - target, 0.0 * positive)
