@@ -113,7 +113,8 @@ def _reliability(bins: Mapping[str, Sequence[float]]) -> str:
 
 def _bin_bar(bins: Mapping[str, Sequence[float]], k: int, *, width: float) -> str:
     height = 200 * bins["accuracy"][k]
-    told = f"{bins['count'][k]:,} samples, confidence {bins['confidence'][k]:.3f}, accuracy {bins['accuracy'][k]:.3f}"
+    numbers = f"confidence {bins['confidence'][k]:.3f}, accuracy {bins['accuracy'][k]:.3f}"
+    told = f"{bins['count'][k]:,} samples, {numbers}"
     return (
         f'<rect class="bar" x="{30 + k * width + 1:.1f}" y="{210 - height:.1f}" width="{width - 2:.1f}" '
         f'height="{height:.1f}"><title>{told}</title></rect>'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -314,7 +315,7 @@ def compositional_report(setup: Setup, path: Path, images: Path) -> Report:
             model=setup.loaded.name,
             fingerprint=setup.loaded.fingerprint,
             data=str(path),
-            data_digest=f"{len(cases)} cases",
+            data_digest=hashlib.sha256(repr(cases).encode()).hexdigest(),
         ),
         metrics=metrics,
         intervals={
