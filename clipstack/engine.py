@@ -16,10 +16,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, cast
 
-os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")  # read once, when deepspeed is imported
+import torch
+
+# Both are read once, when deepspeed is imported; without the second it warns that there is no GPU.
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
-import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.utils import (
