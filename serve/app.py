@@ -35,7 +35,6 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         title="clipstack serve",
         docs_url=None,
         redoc_url=None,
-        root_path=settings.root_path,
         lifespan=partial(_lifespan, settings=settings, loaders=loaders),
         middleware=[Middleware(Edge, service_of=lambda: app.state.service), *_cors(settings)],
         exception_handlers={

@@ -5,26 +5,25 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from clipstack.errors import ClipstackError, ConfigError
 from serve.security import hash_token
-from serve.settings import ENV_PREFIX, Settings, load_settings
+from serve.settings import ENV_PREFIX, ModelSpec, Settings, load_settings
 
 DEMO_RUN = Path("runs/demo")
 _OWN_FLAGS = frozenset(("models", "load_in_background"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `clipstack serve`. Every one can also be set as CLIPSTACK_SERVE_NAME or in the settings
-    file.
-    """
+    """The flags of `clipstack serve`; each setting also goes into the environment or the settings file."""
     parser.add_argument(
         "--model",
         action="append",
         metavar="[ID=]M",
-        help="run folder, exported folder or open_clip name, as for every command; may be given several times "
+        help="run folder, exported folder or open_clip name; may be given several times "
         f"(default: {DEMO_RUN}, where it exists)",
     )
     parser.add_argument(
@@ -57,36 +56,40 @@ def _metavar(annotation: Any) -> str:
     return "{" + ",".join(values) + "}" if values else "X"
 
 
-def settings_of(args: argparse.Namespace, environ: dict[str, str]) -> Settings:
-    """Flags over environment over file over defaults, and the demo model where none is named. Raises
-    ConfigError.
+def settings_of(args: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
+    """Flags over environment over file over defaults; the demo model where none is named.
+
+    Raises ConfigError.
     """
     flags = {name: getattr(args, name) for name in Settings.model_fields if name not in _OWN_FLAGS}
     flags = {name: value for name, value in flags.items() if value is not None}
     if args.model:
         flags["models"] = args.model
-    file = args.settings or environ.get(ENV_PREFIX + "SETTINGS")
-    settings = load_settings(flags, environ=environ, file=Path(file) if file else None)
+    named = args.settings or environ.get(ENV_PREFIX + "SETTINGS")
+    file = Path(named) if named else None
+    settings = load_settings(flags, environ=environ, file=file)
     if not settings.models and DEMO_RUN.is_dir():
-        settings = load_settings(
-            {**flags, "models": [str(DEMO_RUN)]}, environ=environ, file=file and Path(file)
+        settings = load_settings({**flags, "models": [str(DEMO_RUN)]}, environ=environ, file=file)
+    models = _with_pretrained(settings.models, args.pretrained)
+    return settings.model_copy(update={"models": models, "load_in_background": True})
+
+
+def _with_pretrained(models: tuple[ModelSpec, ...], pretrained: str | None) -> tuple[ModelSpec, ...]:
+    if pretrained is None:
+        return models
+    if len(models) != 1:
+        raise ConfigError(
+            f"pretrained = {pretrained!r}: belongs to exactly one --model, and there are {len(models)}"
         )
-    if args.pretrained is not None:
-        if len(settings.models) != 1:
-            raise ConfigError(f"pretrained = {args.pretrained!r}: belongs to exactly one --model")
-        (spec,) = settings.models
-        settings = settings.model_copy(
-            update={"models": (spec.model_copy(update={"pretrained": args.pretrained}),)}
-        )
-    return settings.model_copy(update={"load_in_background": True})
+    return (models[0].model_copy(update={"pretrained": pretrained}),)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until SIGTERM or Ctrl-C. Returns the exit status; raises ClipstackError for the user's mistakes."""
+    """Serve until a signal. Returns the exit status; raises ClipstackError for the user's mistakes."""
     if args.hash_token:
         print(hash_token(sys.stdin.readline().strip()))
         return 0
-    settings = settings_of(args, dict(os.environ))
+    settings = settings_of(args, os.environ)
     from serve.app import create_app
     from serve.logs import configure_logging
     from serve.server import run_server

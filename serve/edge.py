@@ -66,6 +66,7 @@ class Edge:
             await self._app(scope, receive, send)
             return
         service: Service = self._service_of()
+        scope["root_path"] = service.settings.root_path or scope.get("root_path", "")
         trace = Trace(_request_id(Headers(scope=scope)), time.monotonic())
         scope.setdefault("state", {})["trace"] = trace
         body = _BodyWatch(receive, Headers(scope=scope))

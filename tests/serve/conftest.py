@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,6 +34,21 @@ def make_client(tmp_path: Path, runtime: FakeRuntime) -> Iterator[MakeClient]:
             return stack.enter_context(TestClient(create_app(settings, engine or runtime)))
 
         yield make
+
+
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """Let a test configure logging, and put everything back after it."""
+    loggers = [
+        logging.getLogger(name)
+        for name in ("serve", "uvicorn", "uvicorn.error", "uvicorn.access", "py.warnings")
+    ]
+    before = [(logger.handlers, logger.propagate, logger.level, logger.disabled) for logger in loggers]
+    yield
+    logging.captureWarnings(False)
+    for logger, (handlers, propagate, level, disabled) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate, logger.disabled = handlers, propagate, disabled
+        logger.setLevel(level)
 
 
 @pytest.fixture

@@ -1,0 +1,123 @@
+"""The store's file, and the cache of classifier matrices under concurrent use."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clipstack.errors import ConfigError
+from serve.label_sets import LabelSet, LabelSetStore, MatrixCache, MatrixKey
+from serve.runtime import Float32
+
+KEY = MatrixKey("f", ("a", "b"), ("{}",))
+MATRIX = np.ones((2, 4), dtype=np.float32)
+
+
+def test_sets_are_kept_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "sets.sqlite3"
+    store = LabelSetStore(path, max_sets=10)
+    pets = LabelSet("pets", ("Katze 🐈", "dog"), ("a {}",))
+    assert store.put(pets) is True
+    assert store.put(pets) is False
+    store.close()
+    again = LabelSetStore(path, max_sets=10)
+    assert again.get("pets") == pets and again.list() == [pets]
+    again.close()
+
+
+def test_a_file_that_is_no_label_set_file_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "sets.sqlite3"
+    path.write_bytes(b"this is no database" * 100)
+    with pytest.raises(ConfigError, match=r"label_set_file.*sets\.sqlite3"):
+        LabelSetStore(path, max_sets=1)
+    newer = tmp_path / "newer.sqlite3"
+    db = sqlite3.connect(newer)
+    db.execute("PRAGMA user_version=9")
+    db.close()
+    with pytest.raises(ConfigError, match="format 9"):
+        LabelSetStore(newer, max_sets=1)
+
+
+def test_requests_for_one_matrix_share_one_computation() -> None:
+    async def scenario() -> None:
+        cache, builds, may_finish = MatrixCache(1000), [], asyncio.Event()
+
+        async def build() -> Float32:
+            builds.append(1)
+            await may_finish.wait()
+            return MATRIX
+
+        waiting = [asyncio.ensure_future(cache.get(KEY, build, keep=False)) for _ in range(5)]
+        await asyncio.sleep(0)
+        waiting[0].cancel()
+        await asyncio.gather(waiting[0], return_exceptions=True)
+        may_finish.set()
+        for future in waiting[1:]:
+            assert await future is MATRIX
+        assert builds == [1] and KEY in cache
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_computation_nobody_waits_for_goes_on_only_where_it_is_to_be_kept(keep: bool) -> None:
+    async def scenario() -> None:
+        cache, may_finish, ended = MatrixCache(1000), asyncio.Event(), asyncio.Event()
+
+        async def build() -> Float32:
+            try:
+                await may_finish.wait()
+                return MATRIX
+            finally:
+                ended.set()
+
+        request = asyncio.ensure_future(cache.get(KEY, build, keep=keep))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+        if keep:
+            may_finish.set()
+        await asyncio.wait_for(ended.wait(), 10)
+        await asyncio.sleep(0)
+        assert (KEY in cache) is keep
+
+    asyncio.run(scenario())
+
+
+def test_a_failed_computation_is_tried_again() -> None:
+    async def scenario() -> None:
+        cache = MatrixCache(1000)
+
+        async def fail() -> Float32:
+            raise RuntimeError("no")
+
+        async def succeed() -> Float32:
+            return MATRIX
+
+        with pytest.raises(RuntimeError):
+            await cache.get(KEY, fail, keep=False)
+        assert await cache.get(KEY, succeed, keep=False) is MATRIX
+
+    asyncio.run(scenario())
+
+
+def test_the_least_recently_used_matrix_goes_first_and_memory_is_bounded() -> None:
+    async def scenario() -> None:
+        cache = MatrixCache(3 * MATRIX.nbytes)
+        keys = [MatrixKey(str(n), ("a", "b"), ("{}",)) for n in range(4)]
+
+        async def build() -> Float32:
+            return MATRIX
+
+        for key in (*keys[:3], keys[0], keys[3]):
+            await cache.get(key, build, keep=False)
+        assert [key in cache for key in keys] == [True, False, True, True]
+        cache.forget("3")
+        assert keys[3] not in cache
+
+    asyncio.run(scenario())
