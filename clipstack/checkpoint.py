@@ -1,7 +1,7 @@
 """Training state on disk, exported models, and reading any model back.
 
-A checkpoint says nothing of ranks or ZeRO stages: whole weights, whole optimizer state by parameter name. Its folder is
-also a folder that open_clip loads. No pickle anywhere.
+A checkpoint says nothing of ranks or ZeRO stages: whole weights, whole optimizer state by parameter name. Its
+folder is also a folder that open_clip loads. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,16 @@ from torch import Tensor
 import clipstack.torchvision_compat  # noqa: F401  isort: skip  (has to precede open_clip)
 import open_clip
 
+from clipstack.cards import (
+    DATA_CARD,
+    MODEL_CARD,
+    Facts,
+    count_quarantined,
+    data_card,
+    model_card,
+    run_evaluations,
+)
+from clipstack.config import parse_recipe
 from clipstack.errors import CheckpointError, ConfigError
 from clipstack.files import sha256_of, whole_folder, write_text
 from clipstack.model import (
@@ -44,7 +55,11 @@ RECORD_FILE, STATE_FILE, MANIFEST_FILE, RECIPE_FILE = (
     "manifest.json",
     "recipe.toml",
 )
-OPTIMIZER_FILE, OBJECTIVE_FILE, AVERAGE_FILE = "optimizer.safetensors", "objective.safetensors", "ema.safetensors"
+OPTIMIZER_FILE, OBJECTIVE_FILE, AVERAGE_FILE = (
+    "optimizer.safetensors",
+    "objective.safetensors",
+    "ema.safetensors",
+)
 DEFAULT_MAX_LOGIT_SCALE = 4.605170185988092  # ln 100
 
 
@@ -75,7 +90,8 @@ def checkpoint_name(step: int) -> str:
 
 
 def save_snapshot(folder: Path, snapshot: Snapshot) -> Path:
-    """Write FOLDER/step-XXXXXXXX, complete or not at all, then name it in FOLDER/latest. One process calls it.
+    """Write FOLDER/step-XXXXXXXX, complete or not at all, then name it in FOLDER/latest. One process calls
+    it.
 
     Raises CheckpointError where the disk refuses; what was there before is untouched.
     """
@@ -131,7 +147,9 @@ def split_tree(tree: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Ten
 def join_tree(tensors: Mapping[str, Tensor], values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The tree that `split_tree` split."""
     return {
-        name: join_tree(tensors, value, f"{prefix}{name}.") if isinstance(value, Mapping) else tensors.get(prefix + name, value)
+        name: join_tree(tensors, value, f"{prefix}{name}.")
+        if isinstance(value, Mapping)
+        else tensors.get(prefix + name, value)
         for name, value in values.items()
     }
 
@@ -180,7 +198,8 @@ def damage(path: Path) -> str | None:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         return f"{MANIFEST_FILE} cannot be read ({error})"
     if manifest.get("format") != FORMAT:
-        return f"format {manifest.get('format')!r}, and this clipstack reads {FORMAT}; use the version that wrote it"
+        found = manifest.get("format")
+        return f"format {found!r}, and this clipstack reads {FORMAT}; use the version that wrote it"
     for entry in manifest["files"]:
         file = path / entry["path"]
         if not file.is_file():
@@ -211,7 +230,8 @@ def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
 def prune(
     folder: Path, *, keep_last: int, keep_every_steps: int | None = None, keep: Path | None = None
 ) -> None:
-    """Remove all but the newest `keep_last` checkpoints, those at multiples of `keep_every_steps`, and `keep`."""
+    """Remove all but the newest `keep_last` checkpoints, those at multiples of `keep_every_steps`, and
+    `keep`."""
     for path in checkpoints(folder)[:-keep_last]:
         step = int(path.name.removeprefix("step-"))
         if path != keep and not (keep_every_steps and step % keep_every_steps == 0):
@@ -225,7 +245,8 @@ def prune(
 class LoadedModel:
     """A model with all that turns pictures and captions into its inputs.
 
-    fingerprint: 32 hex digits that equal models share, whatever folder they lie in. is_random: no weights were loaded.
+    fingerprint: 32 hex digits that equal models share, whatever folder they lie in. is_random: no weights
+    were loaded.
     """
 
     name: str
@@ -246,10 +267,13 @@ def fingerprint_of(record: ModelRecord, weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:32]
 
 
-def export_model(run_or_checkpoint: Path | str, out_dir: Path | str) -> Path:
-    """Write the folder that open_clip loads alone: its config, safetensors, and our record. Returns `out_dir`.
+def export_model(
+    run_or_checkpoint: Path | str, out_dir: Path | str, *, evaluations: Sequence[Mapping[str, Any]] = ()
+) -> Path:
+    """Write the folder that open_clip loads alone: its config, safetensors, our record, model and data card.
 
-    Reads a run folder (its newest sound checkpoint), a checkpoint, or an exported folder. Raises CheckpointError.
+    Reads a run folder (its newest sound checkpoint), a checkpoint, or an exported folder. `evaluations`: what
+    `clipstack eval --json` wrote, for the cards. Returns `out_dir`. Raises CheckpointError.
     """
     source, out = Path(run_or_checkpoint), Path(out_dir)
     if out.exists() and any(out.iterdir()) and not (out / CONFIG_FILE).is_file():
@@ -263,24 +287,56 @@ def export_model(run_or_checkpoint: Path | str, out_dir: Path | str) -> Path:
         "preprocess": record.preprocess_cfg,
         **_provenance(path),
     }
+    for one in evaluations:
+        if one["fingerprint"] != about["fingerprint"]:
+            raise CheckpointError(
+                f"--evaluation: of model {one['model']} ({one['fingerprint']}), not of this one "
+                f"({about['fingerprint']}); evaluate {source} itself"
+            )
+    facts = _facts(source, record, weights, about, evaluations)
     with whole_folder(out) as beside:
         save_file(weights, beside / WEIGHTS_FILE)
         (beside / CONFIG_FILE).write_text(record.to_json() + "\n", encoding="utf-8")
         (beside / RECORD_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        (beside / MODEL_CARD).write_text(model_card(facts), encoding="utf-8")
+        (beside / DATA_CARD).write_text(data_card(facts), encoding="utf-8")
     return out
 
 
+def _facts(
+    source: Path,
+    record: ModelRecord,
+    weights: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+    evaluations: Sequence[Mapping[str, Any]],
+) -> Facts:
+    recipe = about.get("recipe")
+    return Facts(
+        fingerprint=about["fingerprint"],
+        model_cfg=record.model_cfg,
+        preprocess_cfg=record.preprocess_cfg,
+        num_parameters=sum(tensor.numel() for tensor in weights.values()),
+        recipe=None if recipe is None else parse_recipe(tomllib.loads(recipe)),
+        step=about.get("step"),
+        samples_seen=about.get("samples_seen"),
+        order=about.get("data"),
+        evaluations=(*run_evaluations(source), *evaluations),
+        num_quarantined=count_quarantined(source),
+    )
+
+
 def _provenance(path: Path) -> dict[str, Any]:
-    if (path / RECORD_FILE).is_file():
-        about = _read_json(path / RECORD_FILE)
-        return {key: about[key] for key in ("recipe", "step", "samples_seen", "data") if key in about}
-    state = _read_json(path / STATE_FILE)
-    return {
-        "recipe": (path / RECIPE_FILE).read_text(encoding="utf-8"),
-        "step": state["step"],
-        "samples_seen": state["samples_seen"],
-        "data": state["order"],
-    }
+    """Where weights come from; nothing for a folder that other tools wrote."""
+    if (path / STATE_FILE).is_file():
+        state = _read_json(path / STATE_FILE)
+        return {
+            "recipe": (path / RECIPE_FILE).read_text(encoding="utf-8"),
+            "step": state["step"],
+            "samples_seen": state["samples_seen"],
+            "data": state["order"],
+        }
+    about = _read_json(path / RECORD_FILE) if (path / RECORD_FILE).is_file() else {}
+    return {key: about[key] for key in ("recipe", "step", "samples_seen", "data") if key in about}
 
 
 def load_model(
@@ -292,9 +348,10 @@ def load_model(
 ) -> LoadedModel:
     """A model to evaluate, embed or serve with, in eval mode.
 
-    `path_or_name`: a run folder (its export/ once finished, else its newest sound checkpoint), a checkpoint, an exported
-    folder, or an open_clip name, with `pretrained` a tag or a weights file; an open_clip name without one gives random
-    weights. Raises ConfigError for an unknown name, CheckpointError for a folder that cannot be read.
+    `path_or_name`: a run folder (its export/ once finished, else its newest sound checkpoint), a checkpoint,
+    an exported folder, or an open_clip name, with `pretrained` a tag or a weights file; an open_clip name
+    without one gives random weights. Raises ConfigError for an unknown name, CheckpointError for a folder
+    that cannot be read.
     """
     where = Path(path_or_name)
     name = str(path_or_name)
@@ -386,7 +443,8 @@ def _read_weights(path: Path) -> tuple[ModelRecord, float, dict[str, Tensor]]:
     )
     if about.get("format", FORMAT) != FORMAT:
         raise CheckpointError(
-            f"{path}: format {about['format']!r}, and this clipstack reads {FORMAT}; use the version that wrote it"
+            f"{path}: format {about['format']!r}, and this clipstack reads {FORMAT}; "
+            "use the version that wrote it"
         )
     record = record_of_tables(config["model_cfg"], config.get("preprocess_cfg", {}))
     return record, float(about.get("max_logit_scale", DEFAULT_MAX_LOGIT_SCALE)), _read_tensors(path)

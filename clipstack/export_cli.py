@@ -1,4 +1,4 @@
-"""`clipstack export`: a run, checkpoint or exported folder to a folder that open_clip loads."""
+"""`clipstack export`: a run, checkpoint or exported folder to a folder that open_clip loads, and to ONNX."""
 
 from __future__ import annotations
 
@@ -11,10 +11,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", type=Path, required=True, metavar="RUN", help="a run folder, a checkpoint or an export"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--onnx", action="store_true", help="also both towers as ONNX, in DIR/onnx")
+    parser.add_argument(
+        "--evaluation",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="JSON",
+        help="what clipstack eval --json wrote, for the cards; may be given several times",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    from clipstack.checkpoint import export_model
+    """`clipstack export`. Raises ClipstackError."""
+    from clipstack.checkpoint import export_model, load_model
+    from clipstack.eval_report import read_json
+    from clipstack.onnx_export import export_onnx
 
-    print(export_model(args.model, args.output))
+    evaluations = [read_json(file) for file in args.evaluation]
+    print(export_model(args.model, args.output, evaluations=evaluations))
+    if args.onnx:
+        print(export_onnx(load_model(args.output).model, args.output))
     return 0

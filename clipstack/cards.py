@@ -1,0 +1,265 @@
+"""The model card and the data card that lie beside exported weights: what a reader must know before using
+them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipstack.config import DataConfig, Recipe, SourceConfig
+from clipstack.errors import ClipstackError
+from data_pipelines.errors import DataError
+from data_pipelines.rights import load_removal_list, removed_samples
+from data_pipelines.sources import ensure_index, is_pipe, is_remote
+from data_pipelines.stream import Manifest, make_manifest
+
+MODEL_CARD, DATA_CARD = "MODEL_CARD.md", "DATA_CARD.md"
+UNKNOWN_LICENCE = "not stated"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What cards tell. recipe, step, samples_seen and order are None for weights of unknown origin."""
+
+    fingerprint: str
+    model_cfg: Mapping[str, Any]
+    preprocess_cfg: Mapping[str, Any]
+    num_parameters: int
+    recipe: Recipe | None = None
+    step: int | None = None
+    samples_seen: int | None = None
+    order: Mapping[str, Any] | None = None
+    evaluations: tuple[Mapping[str, Any], ...] = ()
+    """of the run's eval.jsonl, the last one; and files of clipstack eval --json"""
+    num_quarantined: int | None = None
+
+
+def model_card(facts: Facts) -> str:
+    """Markdown."""
+    image, text = facts.model_cfg["vision_cfg"], facts.model_cfg["text_cfg"]
+    sections = [
+        "---\nlibrary_name: open_clip\npipeline_tag: zero-shot-image-classification\ntags: [clip]\n---\n",
+        "# Model card\n",
+        "A CLIP-style pair of encoders for images and texts, trained with clipstack.\n",
+        "## Use\n",
+        "```python\nimport open_clip\n"
+        'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")\n'
+        'tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")\n```\n',
+        "or `clipstack eval --model FOLDER ...`, `clipstack serve --model FOLDER`.\n",
+        "## The model\n",
+        _table(
+            [
+                ("fingerprint", facts.fingerprint),
+                ("parameters", f"{facts.num_parameters:,}"),
+                ("embedding", f"{facts.model_cfg['embed_dim']} numbers, unit-norm"),
+                ("image tower", _cfg(image)),
+                ("image size", str(facts.preprocess_cfg.get("size"))),
+                ("text tower", _cfg(text)),
+                ("context length", f"{text.get('context_length', 77)} tokens"),
+            ]
+        ),
+        "## Training\n",
+        _table(list(_training(facts))),
+        "## Evaluation\n",
+        _evaluations(facts.evaluations),
+        "## Limits\n",
+        "The model repeats what its captions say and leave out, prejudices included. It was tested only on the "
+        "data above; test it on yours before you rely on it. It is not made for identifying or watching people.\n",
+        f"The data are described in {DATA_CARD}.\n",
+    ]
+    return "\n".join(sections)
+
+
+def _training(facts: Facts) -> Iterator[tuple[str, str]]:
+    recipe = facts.recipe
+    if recipe is None:
+        yield "recipe", "not recorded"
+        return
+    yield "objective", recipe.objective.name
+    yield "steps", f"{facts.step:,} of {recipe.train.steps:,}"
+    yield "pairs seen", f"{facts.samples_seen:,}"
+    yield "batch size", f"{recipe.train.batch_size:,} pairs"
+    yield "optimizer", f"AdamW, lr {recipe.optim.lr:g}, weight decay {recipe.optim.weight_decay:g}"
+    yield "precision", recipe.train.precision
+    yield "seed", str(recipe.seed)
+    if recipe.model.pretrained is not None:
+        yield "started from", f"{recipe.model.name or 'tables'}, {recipe.model.pretrained}"
+
+
+def _cfg(table: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in table.items() if not isinstance(value, dict | list))
+
+
+def _evaluations(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    if not evaluations:
+        return "None is recorded: `clipstack eval --json` measures, `clipstack export --evaluation` adds.\n"
+    return "\n".join(_evaluation(one) for one in evaluations)
+
+
+def _evaluation(values: Mapping[str, Any]) -> str:
+    told = [("measured by", _measured_by(values))]
+    told += [(name, str(values[name])) for name in ("data", "templates", "n") if values.get(name) is not None]
+    numbers = [
+        (name, f"{value:.4f}")
+        for name, value in values.items()
+        if isinstance(value, float) and name not in _NOT_METRICS
+    ]
+    return _table(told + numbers)
+
+
+_NOT_METRICS = ("logit_scale", "inverse_penalty", "step", "n", "samples_seen")
+
+
+def _measured_by(values: Mapping[str, Any]) -> str:
+    return (
+        f"clipstack eval, {values['task']}"
+        if "task" in values
+        else f"validation at step {values.get('step')}"
+    )
+
+
+def data_card(facts: Facts) -> str:
+    """Markdown. Shards that are at hand are counted; what is not at hand is said to be so."""
+    if facts.recipe is None:
+        return "# Data card\n\nNothing is recorded about the data that this model was trained on.\n"
+    config = facts.recipe.data
+    return "\n".join(
+        [
+            "# Data card\n",
+            "## Sources\n",
+            *_sources(config, facts.order),
+            "## Removals\n",
+            _removals(config),
+            "## Samples that could not be used\n",
+            _quarantine(facts),
+            "## Evaluation\n",
+            f"Validation data: {_paths(config.val)}.\n",
+            _evaluations(facts.evaluations),
+        ]
+    )
+
+
+def _sources(config: DataConfig, order: Mapping[str, Any] | None) -> Iterator[str]:
+    recorded = None if order is None else order.get("manifest")
+    if recorded is not None:
+        yield f"The shards' names and contents had SHA-256 `{recorded}`.\n"
+    given = _given(config)
+    for paths, weight in given:
+        rows = [("shards", ", ".join(paths)), ("weight", f"{weight:g}")]
+        yield _table(rows + list(_counted(paths, config)))
+    at_hand = _manifest(given, config)
+    if recorded is not None and at_hand is not None and at_hand.digest != recorded:
+        yield (
+            "The shards at hand when this card was written are not those of the training: the counts above are "
+            "of those at hand.\n"
+        )
+
+
+def _given(config: DataConfig) -> list[tuple[tuple[str, ...], float]]:
+    train = (config.train,) if isinstance(config.train, str) else config.train
+    weighted = [one for one in train if isinstance(one, SourceConfig)]
+    if weighted:
+        return [((one.path,), one.weight) for one in weighted]
+    return [(tuple(str(path) for path in train), 1.0)]
+
+
+def _manifest(given: Sequence[tuple[tuple[str, ...], float]], config: DataConfig) -> Manifest | None:
+    """None where the shards are not at hand, or have no index."""
+    if any(is_pipe(path) for paths, _ in given for path in paths):
+        return None
+    try:
+        return make_manifest(given, config.cache_dir)
+    except DataError:
+        return None
+
+
+def _counted(paths: tuple[str, ...], config: DataConfig) -> Iterator[tuple[str, str]]:
+    manifest = _manifest([(paths, 1.0)], config)
+    if manifest is None:
+        yield "counts", "unknown: the shards were not at hand when this card was written"
+        return
+    yield "number of shards", f"{len(manifest.shards):,}"
+    yield "samples", f"{manifest.num_samples:,}"
+    licences = _licences(manifest)
+    stated = sum(licences.values())
+    told = [f"{name} ({count:,})" for name, count in licences.most_common(20)]
+    if stated < manifest.num_samples:
+        told.append(f"{UNKNOWN_LICENCE} ({manifest.num_samples - stated:,})")
+    yield "licences", ", ".join(told)
+    if config.removals is not None:
+        yield "removed", f"{_count_removed(manifest, config):,} samples"
+
+
+def _licences(manifest: Manifest) -> Counter[str]:
+    """Licence to samples, by the tables beside local shards."""
+    counts: Counter[str] = Counter()
+    for shard in manifest.shards:
+        table = Path(shard.url).with_suffix(".parquet")
+        if not is_remote(shard.url) and table.is_file():
+            counts.update(_licences_in(table))
+    return counts
+
+
+def _licences_in(table: Path) -> Iterator[str]:
+    import pyarrow.parquet as pq
+
+    names = pq.read_schema(table).names
+    column = next((name for name in ("licence", "license", "LICENSE") if name in names), None)
+    if column is not None:
+        yield from (value for value in pq.read_table(table, columns=[column])[column].to_pylist() if value)
+
+
+def _count_removed(manifest: Manifest, config: DataConfig) -> int:
+    assert config.removals is not None
+    removal = load_removal_list(config.removals)
+    return sum(
+        len(removed_samples(removal, ensure_index(shard.url, config.cache_dir), shard_name=shard.name))
+        for shard in manifest.shards
+    )
+
+
+def _removals(config: DataConfig) -> str:
+    if config.removals is None:
+        return "No removal list was in force.\n"
+    try:
+        removal = load_removal_list(config.removals)
+    except ClipstackError:
+        return f"A removal list was in force, `{config.removals}`; it was not at hand for this card.\n"
+    return f"`{config.removals}` was in force: {len(removal):,} entries, SHA-256 `{removal.digest}`.\n"
+
+
+def _quarantine(facts: Facts) -> str:
+    if facts.num_quarantined is None:
+        return "Not recorded.\n"
+    return f"{facts.num_quarantined:,} lines of quarantine.jsonl: damaged, undecodable or removed.\n"
+
+
+def _paths(value: object) -> str:
+    if value is None:
+        return "none"
+    return f"`{value}`" if isinstance(value, str) else ", ".join(f"`{path}`" for path in value)  # type: ignore[attr-defined]
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    body = "\n".join(f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows)
+    return f"| | |\n| --- | --- |\n{body}\n"
+
+
+def run_evaluations(run_dir: Path) -> tuple[Mapping[str, Any], ...]:
+    """The last line of a run's eval.jsonl, if there is one."""
+    file = run_dir / "eval.jsonl"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    whole = text[: text.rfind("\n") + 1].splitlines()  # a killed run may have left a torn last line
+    return tuple(json.loads(line) for line in whole[-1:])
+
+
+def count_quarantined(run_dir: Path) -> int | None:
+    """Lines of a run's quarantine.jsonl; None where this is no run folder."""
+    if not (run_dir / "checkpoints").is_dir():
+        return None
+    file = run_dir / "quarantine.jsonl"
+    return len(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else 0
