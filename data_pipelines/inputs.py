@@ -24,7 +24,7 @@ from data_pipelines.errors import DataError, SampleError, ShardError
 from data_pipelines.index import ShardIndex, Span, build_index, decode_index, payload_digest
 from data_pipelines.rights import ALIASES, RIGHTS_COLUMNS, rights_of, rights_of_json
 from data_pipelines.sources import LocalFile, expand, find_index, is_pipe, is_remote
-from data_pipelines.table import CARRIED, foreign_columns, image_member, json_caption, read_table
+from data_pipelines.table import CARRIED, foreign_columns, image_member, json_captions, read_table
 
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
@@ -84,9 +84,9 @@ class Item:
     origin: str
     """For people and reports: a file, `table.csv:ROW` or `SHARD/KEY`."""
     image: ImageRef
-    caption: str | None = None
+    captions: tuple[str, ...] = ()
     caption_files: tuple[str, ...] = ()
-    """Sidecars to look into, in this order, where `caption` is None."""
+    """Sidecars to look into, in this order, where there are no `captions`."""
     label: int | None = None
     key: str | None = None
     """Kept from a shard; None: the builder numbers it."""
@@ -235,7 +235,7 @@ def _class_items(
             Item(
                 origin=image,
                 image=FileImage(str(folder / image)),
-                caption=fill_template(pick_template(options.templates, image), names[number]),
+                captions=(fill_template(pick_template(options.templates, image), names[number]),),
                 label=number,
             )
         )
@@ -294,7 +294,7 @@ def _collect_table(path: Path, options: InputOptions) -> Inputs:
         Item(
             origin=f"{path.name}:{number}",
             image=reference(number, row),
-            caption=_caption_value(row[caption]),
+            captions=_captions_of(row[caption]),
             label=None if label is None else _label_value(row[label], f"{path}, row {number}"),
             columns={name: str(row[c]) for c, name in carried.items() if row[c] not in (None, "")},
         )
@@ -392,10 +392,9 @@ def _row_groups(path: Path) -> Callable[[int], tuple[int, int]]:
     return locate
 
 
-def _caption_value(value: Any) -> str | None:
-    if isinstance(value, list):
-        value = next((v for v in value if v), None)
-    return None if value is None else str(value).strip() or None
+def _captions_of(value: Any) -> tuple[str, ...]:
+    values = value if isinstance(value, list) else [value]
+    return tuple(str(v).strip() for v in values if v is not None and str(v).strip())
 
 
 def _label_value(value: Any, where: str) -> int | None:
@@ -502,10 +501,10 @@ def _open_shard(tar: str) -> LocalFile:
 
 @dataclass(frozen=True)
 class RawSample:
-    """What an item holds: the image's bytes as they came, the caption, and other members to carry on."""
+    """What an item holds: the image's bytes as they came, its captions, and other members to carry on."""
 
     image: bytes
-    caption: str | None
+    captions: tuple[str, ...]
     columns: Mapping[str, Any]
     members: Mapping[str, bytes] = field(default_factory=dict)
     """All members, for items from shards."""
@@ -520,7 +519,7 @@ def read_item(item: Item) -> RawSample:
             if extension is None:
                 raise SampleError("no image")
             columns = {**rights_of_json(members.get("json", b"")), **item.columns}
-            return RawSample(members[extension], None, columns, members)
+            return RawSample(members[extension], (), columns, members)
         case FileImage(path):
             image = _read_file(path)
         case Base64Image(text):
@@ -532,31 +531,32 @@ def read_item(item: Item) -> RawSample:
             image = _parquet_cell(path, column, row_group, row)
         case _:
             assert_never(item.image)
-    caption, from_files = (item.caption, {}) if item.caption is not None else _sidecar(item.caption_files)
-    if not caption:
+    captions, rights = (item.captions, {}) if item.captions else _sidecar(item.caption_files)
+    if not captions:
         raise SampleError("no caption")
-    return RawSample(image, caption, {**item.columns, **from_files})
+    return RawSample(image, captions, {**item.columns, **rights})
 
 
-def _sidecar(files: Sequence[str]) -> tuple[str | None, dict[str, str]]:
-    """(caption, rights) of the sidecars: the first caption found, the rights of a .json."""
-    caption: str | None = None
+def _sidecar(files: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """(captions, rights) of the sidecars: the captions of the first that has any, the rights of a .json."""
+    captions: tuple[str, ...] = ()
     rights: dict[str, str] = {}
     for file in files:
         payload = _read_file(file)
         if file.endswith(".json"):
-            caption = caption or json_caption(payload)
+            captions = captions or json_captions(payload)
             try:
                 record = json.loads(payload)
             except ValueError as error:
                 raise SampleError(f"{Path(file).name} is not JSON") from error
             rights = rights_of(record) if isinstance(record, dict) else {}
-        else:
+        elif not captions:
             try:
-                caption = caption or payload.decode("utf-8-sig").strip()
+                text = payload.decode("utf-8-sig").strip()
             except UnicodeDecodeError as error:
                 raise SampleError(f"{Path(file).name} is not UTF-8 text") from error
-    return caption, rights
+            captions = (text,) if text else ()
+    return captions, rights
 
 
 def _read_file(path: str) -> bytes:

@@ -261,13 +261,14 @@ def _members(
             for name, data in raw.members.items()
         }
     assert stored is not None, "only shards are copied unseen"
-    assert raw.caption is not None
-    members = {stored.format: stored.data, "txt": raw.caption.encode()}
+    members = {stored.format: stored.data, "txt": raw.captions[0].encode()}
     if item.label is not None:
         members["cls"] = str(item.label).encode()
-    rights = {name: columns[name] for name in RIGHTS_COLUMNS if columns.get(name)}
-    if rights:
-        members["json"] = json.dumps(rights, ensure_ascii=False, sort_keys=True).encode()
+    record: dict[str, Any] = {name: columns[name] for name in RIGHTS_COLUMNS if columns.get(name)}
+    if len(raw.captions) > 1:
+        record["captions"] = raw.captions
+    if record:
+        members["json"] = json.dumps(record, ensure_ascii=False, sort_keys=True).encode()
     return members
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import polars as pl
 
-from data_pipelines.encode import STORABLE, image_size, perceptual_hash
+from data_pipelines.encode import image_size, perceptual_hash
 from data_pipelines.errors import SampleError, ShardError
 from data_pipelines.index import IMAGE_EXTENSIONS, Sample
 from data_pipelines.rights import ALIASES, RIGHTS_COLUMNS, rights_of_json
@@ -61,24 +61,22 @@ def sample_caption(members: Mapping[str, bytes]) -> str | None:
     if "txt" in members:
         text = members["txt"].decode("utf-8", "replace").strip()
         return text or None
-    return json_caption(members["json"]) if "json" in members else None
+    captions = json_captions(members["json"]) if "json" in members else ()
+    return captions[0] if captions else None
 
 
-def json_caption(payload: bytes) -> str | None:
-    """`caption`, `text` or the first of `captions` of a JSON object; None if it has none that says
-    anything."""
+def json_captions(payload: bytes) -> tuple[str, ...]:
+    """What a JSON object says under `caption`, `text` and `captions` (a list), each caption once; else
+    nothing."""
     try:
         record = json.loads(payload)
     except ValueError:
-        return None
+        return ()
     if not isinstance(record, dict):
-        return None
-    captions = record.get("captions")
-    first = captions[0] if isinstance(captions, list) and captions else None
-    for value in (record.get("caption"), record.get("text"), first):
-        if isinstance(value, str) and value.strip():
-            return value.strip()
-    return None
+        return ()
+    several = record.get("captions")
+    values = [record.get("caption"), record.get("text"), *(several if isinstance(several, list) else [])]
+    return tuple(dict.fromkeys(v.strip() for v in values if isinstance(v, str) and v.strip()))
 
 
 def sample_label(members: Mapping[str, bytes]) -> int | None:
@@ -182,23 +180,3 @@ def foreign_columns(tar: Path) -> dict[str, Row]:
         str(row["key"]): {name: value for name, value in row.items() if name != "key" and value is not None}
         for row in picked.iter_rows(named=True)
     }
-
-
-__all__ = [
-    "CARRIED",
-    "SCHEMA",
-    "STORABLE",
-    "VERSION",
-    "Row",
-    "describe",
-    "foreign_columns",
-    "image_member",
-    "is_ours",
-    "json_caption",
-    "read_table",
-    "sample_caption",
-    "sample_label",
-    "table_path",
-    "to_frame",
-    "write_table",
-]

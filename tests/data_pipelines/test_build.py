@@ -171,7 +171,10 @@ def test_jsonl_with_base64_images(tmp_path: Path) -> None:
     ]
     table = write_table(tmp_path / "d.jsonl", rows)
     assert build(table, "-o", tmp_path / "out", "--image-encoding", "base64") == 0
-    assert [s["jpg"] for s in samples_of(tmp_path / "out")] == [jpeg(i) for i in range(3)]
+    read = samples_of(tmp_path / "out")
+    assert [s["jpg"] for s in read] == [jpeg(i) for i in range(3)]
+    assert [s["txt"] for s in read] == [b"one 0", b"one 1", b"one 2"]
+    assert json.loads(read[1]["json"]) == {"captions": ["one 1", "two 1"]}  # no caption is lost
 
 
 def test_json_sidecars_bring_caption_and_rights(tmp_path: Path) -> None:

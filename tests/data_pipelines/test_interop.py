@@ -61,7 +61,7 @@ def img2dataset_output(tmp_path: Path) -> Path:
                 }
                 if i == 2:
                     row |= {"status": "failed_to_download", "error_message": "HTTP Error 404", "width": None,
-                            "height": None, "original_width": None, "original_height": None, "sha256": None}  # fmt: skip
+                            "height": None, "original_width": None, "sha256": None}  # fmt: skip
                 else:
                     add(archive, f"{key}.jpg", jpeg(seed))
                     add(archive, f"{key}.json", json.dumps(row, indent=4).encode())
@@ -164,8 +164,8 @@ def test_open_clip_trainer_reads_our_shards(our_shards: Path, monkeypatch: pytes
         monkeypatch.setitem(sys.modules, "pandas", types.ModuleType("pandas"))
     data = pytest.importorskip("open_clip_train.data")
     if "eof_value" in inspect.signature(data.tar_file_expander).parameters:
-        # Since webdataset 1.0 shards end with an empty record, which open_clip 3.3's own grouping stumbles over,
-        # whoever wrote the shard. Switched off, all of open_clip's pipeline runs as it is.
+        # Since webdataset 1.0 shards end with an empty record, which open_clip 3.3's own grouping stumbles
+        # over, whoever wrote the shard. Switched off, all of open_clip's pipeline runs as it is.
         monkeypatch.setattr(data, "tar_file_expander", partial(data.tar_file_expander, eof_value=None))
     args = argparse.Namespace(
         train_data=str(our_shards / "{00000..00003}.tar"),
