@@ -67,8 +67,9 @@ def model_card(facts: Facts) -> str:
         "## Evaluation\n",
         _evaluations(facts.evaluations),
         "## Limits\n",
-        "The model repeats what its captions say and leave out, prejudices included. It was tested only on the "
-        "data above; test it on yours before you rely on it. It is not made for identifying or watching people.\n",
+        "The model repeats what its captions say and leave out, prejudices included. It was tested only on "
+        "the data above; test it on yours before you rely on it. It is not made for identifying or watching "
+        "people.\n",
         f"The data are described in {DATA_CARD}.\n",
     ]
     return "\n".join(sections)
@@ -154,8 +155,8 @@ def _sources(config: DataConfig, order: Mapping[str, Any] | None) -> Iterator[st
     at_hand = _manifest(given, config)
     if recorded is not None and at_hand is not None and at_hand.digest != recorded:
         yield (
-            "The shards at hand when this card was written are not those of the training: the counts above are "
-            "of those at hand.\n"
+            "The shards at hand when this card was written are not those of the training: the counts are of "
+            "those at hand.\n"
         )
 
 

@@ -62,13 +62,11 @@ def export_onnx(model: ClipModel, out: Path) -> Path:
         )
         if worst < MIN_COSINE:
             raise CheckpointError(
-                f"{out / FOLDER}: features in onnxruntime have cosine {worst:.6f} with the model's, less than "
+                f"{out / FOLDER}: features in onnxruntime have cosine {worst:.6f} with the model's, below "
                 f"{MIN_COSINE}; nothing was written: try other versions of torch and onnxruntime"
             )
         record = json.dumps(_record(model, worst), indent=2)
         (folder / RECORD_FILE).write_text(record + "\n", encoding="utf-8")
-            json.dumps(_record(model, worst), indent=2) + "\n", encoding="utf-8"
-        )
     return out / FOLDER
 
 
