@@ -1,10 +1,11 @@
 """Our objectives beside open_clip's ClipLoss: wall time and added memory of one forward and backward pass.
 
     python benchmarks/loss.py                          CPU, fp32, N = 4096, 8192, 16384
-    python benchmarks/loss.py --device cuda            bf16, N = 32768, 65536, 131072; --triton for our kernels
+    python benchmarks/loss.py --device cuda [--triton] bf16, N = 32768, 65536, 131072
 
-Every measurement is a fresh process, and the contestants take turns. Wall time is that of one pass after a small warm-up;
-added memory is the peak above what stood before the pass, with the features in place, so it includes the gradients.
+Every measurement is a fresh process, and the contestants take turns. Wall time is that of one pass after a
+small warm-up; added memory is the peak above what stood before the pass, with the features in place, so it
+includes the gradients.
 Prints a table of medians with their spread and ratios to ClipLoss, and writes every single figure to --json.
 """
 
@@ -22,11 +23,16 @@ from pathlib import Path
 from typing import Any
 
 PEER = "open_clip ClipLoss"
-OURS: dict[str, dict[str, Any]] = {"clip": {"name": "clip"}, "hard_negative": {"name": "hard_negative", "beta": 0.5}}
+OURS: dict[str, dict[str, Any]] = {
+    "clip": {"name": "clip"},
+    "hard_negative": {"name": "hard_negative", "beta": 0.5},
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", type=int, nargs="+", help="pairs in the batch")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
@@ -52,25 +58,34 @@ def compare(size: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     for _ in range(args.rounds if size < 16384 else min(args.rounds, 3)):
         for name, runs in figures.items():
             command = [sys.executable, __file__, "--one", name, "--sizes", str(size), "--dim", str(args.dim)]
-            command += ["--threads", str(args.threads), "--device", args.device, *(["--triton"] * args.triton)]
+            command += [
+                "--threads",
+                str(args.threads),
+                "--device",
+                args.device,
+                *(["--triton"] * args.triton),
+            ]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             runs.append(json.loads(done.stdout.splitlines()[-1]))
     return [{"n": size, "contestant": name, "runs": runs} for name, runs in figures.items()]
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Medians, their spread (least to most), and the ratio of medians to the peer's and to our clip's at the same N."""
+    """Medians with their spread, and their ratio to those of the peer and of our clip at the same N."""
     lines = [
         "| N | loss | wall s (least-most) | x ClipLoss | x our clip | added GiB (least-most) | x ClipLoss |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    medians = {(r["n"], r["contestant"], key): median(r, key) for r in results for key in ("wall_s", "added_bytes")}
+    medians = {
+        (r["n"], r["contestant"], key): median(r, key) for r in results for key in ("wall_s", "added_bytes")
+    }
     for result in results:
         n, name = result["n"], result["contestant"]
         wall, added = (medians[n, name, key] for key in ("wall_s", "added_bytes"))
         lines.append(
-            f"| {n} | {name} | {wall:.2f} ({spread(result, 'wall_s', 1)}) | {wall / medians[n, PEER, 'wall_s']:.2f} "
-            f"| {wall / medians[n, 'clip', 'wall_s']:.2f} | {added / 2**30:.3f} ({spread(result, 'added_bytes', 2**30)}) "
+            f"| {n} | {name} | {wall:.2f} ({spread(result, 'wall_s', 1)}) "
+            f"| {wall / medians[n, PEER, 'wall_s']:.2f} | {wall / medians[n, 'clip', 'wall_s']:.2f} "
+            f"| {added / 2**30:.3f} ({spread(result, 'added_bytes', 2**30)}) "
             f"| {added / medians[n, PEER, 'added_bytes']:.3f} |"
         )
     return "\n".join(lines)
@@ -114,17 +129,17 @@ def contestant(args: argparse.Namespace) -> Any:
         loss = load_clip_loss()()
         return lambda image, text, logit_scale: loss(image, text, logit_scale.exp())
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import torch
+
     from clipstack.losses import Embeddings, build_objective
     from clipstack.world import World
-
-    import torch
 
     objective = build_objective(OURS[args.one], World(device=torch.device(args.device)), triton=args.triton)
     return lambda image, text, logit_scale: objective(Embeddings(image, text, logit_scale)).total
 
 
 def load_clip_loss() -> Any:
-    """open_clip.loss.ClipLoss from its own file: importing the package would load every tower and torchvision too."""
+    """open_clip.loss.ClipLoss from its own file: the package would load every tower and torchvision too."""
     package = importlib.util.find_spec("open_clip")
     if package is None or package.origin is None:
         raise SystemExit("open_clip is not installed: pip install open_clip_torch")
@@ -143,7 +158,9 @@ def features(size: int, args: argparse.Namespace, step: Any) -> dict[str, float]
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
     generator = torch.Generator().manual_seed(size)
     image, text = (
-        normalize(torch.randn(size, args.dim, generator=generator), dim=1).to(args.device, dtype).requires_grad_()
+        normalize(torch.randn(size, args.dim, generator=generator), dim=1)
+        .to(args.device, dtype)
+        .requires_grad_()
         for _ in range(2)
     )
     logit_scale = torch.tensor(2.6592600369, device=args.device, requires_grad=True)

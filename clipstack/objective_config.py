@@ -1,4 +1,6 @@
-"""The objective table of a recipe: one frozen model for each objective, told apart by `name`. Imports no torch."""
+"""The objective table of a recipe: one frozen model for each objective, told apart by `name`. Imports no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -56,12 +58,16 @@ class MixingTerm(_Frozen):
 
 
 class IndividualTemperature(_Frozen):
-    """A temperature for every sample, learned by robust optimisation (iSogCLR, Qiu et al. 2023; FastCLIP, Wei et al. 2024)."""
+    """A temperature for every sample, learned by robust optimisation (iSogCLR, Qiu et al. 2023; FastCLIP, Wei
+    et al. 2024).
+    """
 
     gamma: float = Field(default=0.8, gt=0.0, le=1.0)
     """Weight of this step's estimate in the running normaliser of a sample. 1 forgets all earlier steps."""
     gamma_decay_fraction: Share = 0.0
-    """Share of the training over which gamma falls from 1 to its value, along half a cosine. 0 keeps it constant."""
+    """Share of the training over which gamma falls from 1 to its value, along half a cosine. 0 keeps it
+    constant.
+    """
     rho: float = Field(default=8.5, ge=0.0)
     """Radius of the robust problem: larger keeps temperatures lower."""
     lr: float = Field(default=1e-3, ge=0.0)
@@ -73,13 +79,15 @@ class IndividualTemperature(_Frozen):
     tau_max: float = Field(default=1.0, gt=0.0)
     """Upper bound of the temperatures."""
     eps: float = Field(default=1e-14, ge=0.0)
-    """Added to the running normaliser, so that an anchor whose negatives are all far keeps a finite weight."""
+    """Added to the running normaliser, so that an anchor whose negatives are all far keeps a finite weight.
+    """
 
     @model_validator(mode="after")
     def _ordered(self) -> IndividualTemperature:
         if not self.tau_min <= self.tau_init <= self.tau_max:
             raise ValueError(
-                f"tau_init = {self.tau_init} must lie between tau_min = {self.tau_min} and tau_max = {self.tau_max}"
+                f"tau_init = {self.tau_init} must lie between tau_min = {self.tau_min} "
+                f"and tau_max = {self.tau_max}"
             )
         return self
 
@@ -90,14 +98,17 @@ def _true_is_default(value: Any) -> Any:
 
 class _Objective(_Frozen):
     mask_duplicates: bool = True
-    """Do not count a pair as a negative when its image or its caption is the anchor's own (needs sample ids)."""
+    """Do not count a pair as a negative when its image or its caption is the anchor's own (needs sample ids).
+    """
     image_image: Annotated[ImageImageTerm | None, BeforeValidator(_true_is_default)] = None
     """Add an image-image term between two views of each image; none: off."""
 
 
 class _Softmax(_Objective):
     queue_size: int = Field(default=0, ge=0)
-    """Pairs of earlier steps kept as further negatives, without gradient (MoCo, He et al. 2020). 0 turns it off."""
+    """Pairs of earlier steps kept as further negatives, without gradient (MoCo, He et al. 2020). 0 turns it
+    off.
+    """
     mixing: Annotated[MixingTerm | None, BeforeValidator(_true_is_default)] = None
     """Add synthetic hard negatives; none: off."""
 
@@ -125,7 +136,9 @@ class ClipObjective(_Smoothed):
 
 
 class HardNegativeObjective(_Smoothed):
-    """Hard-negative importance sampling (Robinson et al. 2021), with debiasing and HN-NCE's weight of the positive."""
+    """Hard-negative importance sampling (Robinson et al. 2021), with debiasing and HN-NCE's weight of the
+    positive.
+    """
 
     name: Literal["hard_negative"] = "hard_negative"
     beta: float = Field(default=0.25, ge=0.0)
@@ -135,7 +148,9 @@ class HardNegativeObjective(_Smoothed):
     alpha: Share = 1.0
     """Weight of the positive in the denominator. 1 is CLIP's, 0 decouples."""
     beta_mode: Literal["logit", "cosine"] = "logit"
-    """logit: beta multiplies the scaled logits. cosine: the cosines, so that hardness does not grow with the scale."""
+    """logit: beta multiplies the scaled logits. cosine: the cosines, so that hardness does not grow with the
+    scale.
+    """
     detach_weights: bool = False
     """Stop the gradient through the importance weights."""
     warmup_fraction: Share = 0.0
@@ -185,7 +200,9 @@ def parse_objective(table: Mapping[str, Any]) -> ObjectiveConfig:
 
 
 def describe_objective_error(detail: ErrorDetails, loc: tuple[int | str, ...]) -> str:
-    """One line for one validation error: the field, its value, what is wrong and the fix. loc: the place below `objective`."""
+    """One line for one validation error: the field, its value, what is wrong and the fix. loc: the place
+    below `objective`.
+    """
     name, *path = loc or ("",)
     key = ".".join(["objective", *map(str, path)])
     value = detail["input"]

@@ -1,4 +1,4 @@
-"""SimCLR's loss between two views of each image (https://arxiv.org/abs/2002.05709), as in SLIP (2112.12750)."""
+"""SimCLR's loss between two views of each image (https://arxiv.org/abs/2002.05709), as SLIP adds it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from clipstack.losses.tiles import Exclusions, Plan, reduce_pairs
 
 
 def image_image_loss(inputs: Inputs, temperature: float) -> Tensor:
-    """Mean over this rank's 2B anchors; the negatives of a view are both views of all other images. () Collective."""
+    """Mean over this rank's 2B anchors; the negatives of a view are both views of all other images. ()
+    Collective.
+    """
     if inputs.view is None:
-        raise ConfigError("objective.image_image: embeddings have no image_view; give a second view of each image")
+        raise ConfigError(
+            "objective.image_image: embeddings have no image_view; give a second view of each image"
+        )
     both = torch.cat([inputs.image, inputs.view])
     # Of the ids, those of the image alone: its place in the batch and, where given, its hash.
     ids = inputs.row_ids[:, :2].repeat(2, 1)

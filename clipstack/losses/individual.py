@@ -1,4 +1,6 @@
-"""A temperature for every sample (iSogCLR, https://arxiv.org/abs/2305.11965; FastCLIP, https://arxiv.org/abs/2407.01445)."""
+"""A temperature for every sample (iSogCLR, https://arxiv.org/abs/2305.11965; FastCLIP,
+https://arxiv.org/abs/2407.01445).
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,12 @@ IMAGE, TEXT = 0, 1
 
 
 class IndividualPairs:
-    """sum_i tau_i (log(eps + u_i) + rho) over images and captions, where u_i runs after
-    g_i = mean_j exp((c_ij - c_ii) / tau_i) with weight gamma, and each tau_i descends its own gradient.
+    """sum_i tau_i (log(eps + u_i) + rho) over images and captions, where u_i runs after g_i = mean_j
+    exp((c_ij - c_ii) / tau_i) with weight gamma, and each tau_i descends its own gradient.
 
-    State, the same on all ranks: log u and tau of each sample seen, by its position in the data set; (2, M) each, for images
-    and captions, grown as positions come. The gradient of the features is tau_i / (eps + u_i) times that of g_i.
+    State, the same on all ranks: log u and tau of each sample seen, by its position in the data set; (2, M)
+    each, for images and captions, grown as positions come. The gradient of the features is tau_i / (eps +
+    u_i) times that of g_i.
     """
 
     def __init__(self, config: IndividualTemperature) -> None:
@@ -35,9 +38,13 @@ class IndividualPairs:
     def __call__(self, inputs: Inputs, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss of this rank's anchors, terms to log). Collective, forward and backward."""
         if inputs.sample_index is None:
-            raise ConfigError("sample_index: missing; individual_temperature needs each sample's position in the data set")
+            raise ConfigError(
+                "sample_index: missing; individual_temperature needs each sample's position in the data set"
+            )
         if inputs.owner is not None:
-            raise ConfigError("text_owner: individual_temperature takes one caption for each image; drop one of the two")
+            raise ConfigError(
+                "text_owner: individual_temperature takes one caption for each image; drop one of the two"
+            )
         index = inputs.world.all_gather(inputs.sample_index.to(inputs.image.device))  # collective
         self._make_room(index)
         place = slice(inputs.world.rank * len(inputs.image), (inputs.world.rank + 1) * len(inputs.image))
@@ -69,7 +76,7 @@ class IndividualPairs:
             taus.append(torch.where(some, new_tau, own_tau))
         everyone = inputs.world.all_gather(torch.stack([*log_us, *taus], 1).double())  # collective
         self._pending = index, everyone[:, :2].T, everyone[:, 2:].T
-        # The global temperature has no part in this loss; a zero gradient keeps optimizers that want one content.
+        # The global temperature has no part in this loss; a zero gradient serves optimizers that want one.
         loss = 0.5 * (losses[IMAGE] + losses[TEXT]) + 0.0 * inputs.scale
         terms = pair_terms(inputs, cosines, rows, cols, plain=1)
         terms["effective_negatives"] = 0.5 * (rows.num_negatives.mean() + cols.num_negatives.mean())
@@ -96,7 +103,9 @@ class IndividualPairs:
             self._tau = torch.cat([self._tau, self._tau.new_full((2, more), self._config.tau_init)], 1)
 
     def after_step(self, inputs: Inputs) -> None:
-        """Take up the running normalisers and temperatures of this step; of a sample that came twice, the first of them."""
+        """Take up the running normalisers and temperatures of this step; of a sample that came twice, the
+        first of them.
+        """
         assert self._pending is not None
         index, log_u, tau = self._pending
         order = torch.argsort(index, stable=True)
@@ -112,7 +121,9 @@ class IndividualPairs:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if set(state) != {"log_u", "tau"} or state["log_u"].shape != state["tau"].shape:
-            raise CheckpointError(f"objective state: {sorted(state)}, not log_u and tau of individual temperatures")
+            raise CheckpointError(
+                f"objective state: {sorted(state)}, not log_u and tau of individual temperatures"
+            )
         self._log_u, self._tau = state["log_u"].double().clone(), state["tau"].double().clone()
 
 

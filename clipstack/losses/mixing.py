@@ -20,11 +20,12 @@ ROWS_AT_ONCE = 256
 
 
 class Mixer:
-    """Makes synthetic negatives h = normalise(a n_j + (1 - a) n_k), a in (0, 1), from two of an anchor's top_k hardest
-    negatives, and h = normalise(a u + (1 - a) n_j), a in (0, 0.5), from the anchor u itself and one of them.
+    """Makes synthetic negatives h = normalise(a n_j + (1 - a) n_k), a in (0, 1), from two of an anchor's
+    top_k hardest negatives, and h = normalise(a u + (1 - a) n_j), a in (0, 0.5), from the anchor u itself and
+    one of them.
 
-    They are detached: gradients reach the anchor only through its product with them. What is drawn depends on the seed, the
-    step and the anchor's place in the global batch, not on the number of ranks.
+    They are detached: gradients reach the anchor only through its product with them. What is drawn depends on
+    the seed, the step and the anchor's place in the global batch, not on the number of ranks.
     """
 
     def __init__(self, config: MixingTerm) -> None:
@@ -34,7 +35,10 @@ class Mixer:
     def negatives(self, inputs: Inputs, plan: Plan) -> tuple[Negatives, Negatives]:
         """The synthetic negatives of this rank's images (B, ...) and captions (B', ...). Collective."""
         gather = inputs.world.all_gather
-        sides = ((inputs.image, inputs.row_ids, inputs.text, inputs.col_ids), (inputs.text, inputs.col_ids, inputs.image, inputs.row_ids))
+        sides = (
+            (inputs.image, inputs.row_ids, inputs.text, inputs.col_ids),
+            (inputs.text, inputs.col_ids, inputs.image, inputs.row_ids),
+        )
         out = []
         for side, (anchors, anchor_ids, others, other_ids) in enumerate(sides):
             pool = gather(others.detach())
@@ -66,8 +70,8 @@ class Mixer:
             # Checkpointed: the (rows, S, D) mixtures are made again in the backward pass, not kept.
             parts.append(
                 checkpoint(
-                    self._mix_and_compare, anchors[part], pool, first[part], second[part], draws[part, :, 2], acc,
-                    use_reentrant=False, preserve_rng_state=False,
+                    self._mix_and_compare, anchors[part], pool, first[part], second[part], draws[part, :, 2],
+                    acc, use_reentrant=False, preserve_rng_state=False,
                 )
             )  # fmt: skip
         return torch.cat(parts), found > 0
@@ -87,7 +91,9 @@ class Mixer:
 def hardest_columns(
     anchors: Tensor, pool: Tensor, exclusions: Exclusions, top_k: int, acc: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(columns (A, top_k) of the largest cosines, largest first; (A,) how many of them are negatives). Streams over tiles."""
+    """(columns (A, top_k) of the largest cosines, largest first; (A,) how many of them are negatives).
+    Streams over tiles.
+    """
     best = anchors.new_full((len(anchors), top_k), -math.inf, dtype=acc)
     where = torch.zeros(len(anchors), top_k, dtype=torch.int64, device=anchors.device)
     for tile in tiles_of(len(anchors), len(pool), exclusions.tile):
@@ -104,11 +110,15 @@ def hardest_columns(
 
 
 def _sums(cosines: Tensor, present: Tensor, exponents: tuple[Exponent, ...], scale: Tensor) -> Negatives:
-    """Log-sum-exps over (A, S) cosines, differentiable in them and in the scale; empty for anchors without negatives."""
+    """Log-sum-exps over (A, S) cosines, differentiable in them and in the scale; empty for anchors without
+    negatives.
+    """
     lses = []
     for exponent in exponents:
         assert exponent.shared is not None
-        kappa = exponent.shared + exponent.multiple * (scale - scale.detach())  # the value of kappa, with its gradient
+        kappa = exponent.shared + exponent.multiple * (
+            scale - scale.detach()
+        )  # the value of kappa, with its gradient
         lses.append(torch.where(present, torch.logsumexp(kappa * cosines, 1), EMPTY))
     count = present * cosines.new_tensor(float(cosines.shape[1]))
     return Negatives(torch.stack(lses, 1), count, torch.where(present, cosines.sum(1), 0.0))

@@ -1,4 +1,6 @@
-"""What a step logs beside its loss. No gradients. Each rank's values are over its own anchors; their mean over ranks is global."""
+"""What a step logs beside its loss. No gradients. Each rank's values are over its own anchors; their mean
+over ranks is global.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +18,21 @@ UNIFORMITY_ROWS = 512
 
 
 @torch.no_grad()
-def pair_terms(inputs: Inputs, cosines: Tensor, rows: PairSums, cols: PairSums, plain: int) -> dict[str, Tensor]:
-    """Terms that every objective logs. cosines: (B',) of the positives; plain: index of the log-sum-exp at kappa = scale.
+def pair_terms(
+    inputs: Inputs, cosines: Tensor, rows: PairSums, cols: PairSums, plain: int
+) -> dict[str, Tensor]:
+    """Terms that every objective logs. cosines: (B',) of the positives; plain: index of the log-sum-exp at
+    kappa = scale.
 
-    alignment and uniformity are those of Wang & Isola, https://arxiv.org/abs/2005.10242, with alpha = 2 and t = 2.
+    alignment and uniformity are those of Wang & Isola, https://arxiv.org/abs/2005.10242, with alpha = 2 and t
+    = 2.
     """
     positive = inputs.scale * cosines
     of_images = torch.logaddexp(positive, inputs.of_owner(rows.lse[:, plain])) - positive
     of_texts = torch.logaddexp(positive, cols.lse[:, plain]) - positive
     return {
         "clip_loss": 0.5 * (inputs.image_mean(of_images) + of_texts.mean()),
-        "logit_scale": inputs.scale.detach().clone(),
+        "logit_scale": inputs.scale.detach().log(),
         "masked_share": _masked_share(inputs, rows),
         "positive_cosine": cosines.mean(),
         "hardest_negative_cosine": 0.5 * (_mean_hardest(rows) + _mean_hardest(cols)),

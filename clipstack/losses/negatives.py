@@ -12,7 +12,7 @@ from clipstack.losses.tiles import PairSums
 
 @dataclass(frozen=True)
 class Negatives:
-    """Sums over the negatives of A anchors. lse: (A, K); count: (A,); total: (A,) the sum of their cosines."""
+    """Sums over the negatives of A anchors. lse: (A, K); count: (A,); total: (A,) the sum of cosines."""
 
     lse: Tensor
     count: Tensor

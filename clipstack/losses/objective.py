@@ -50,9 +50,9 @@ def build_objective(
 ) -> Objective:
     """The objective that a recipe's `objective` table, or a dict like {"name": "clip"}, describes.
 
-    world: who takes part; the default process group where None. tile: rows and columns of one block of pairs, memory
-    against speed. triton: use the CUDA kernels; where None, if the environment has CLIPSTACK_TRITON=1. Raises ConfigError
-    naming the field that is wrong.
+    world: who takes part; the default process group where None. tile: rows and columns of one block of pairs,
+    memory against speed. triton: use the CUDA kernels; where None, if the environment has CLIPSTACK_TRITON=1.
+    Raises ConfigError naming the field that is wrong.
     """
     if isinstance(config, Mapping):
         config = parse_objective(config)
@@ -70,8 +70,9 @@ def build_objective(
 class Objective:
     """One configured objective: call it once a step, on every rank, on all of the rank's features.
 
-    The total is the mean over this rank's own anchors. Averaging parameter gradients over ranks, as data parallelism does,
-    then gives exactly the gradient of the loss on the global batch, logit_scale included: no other factor is needed.
+    The total is the mean over this rank's own anchors. Averaging parameter gradients over ranks, as data
+    parallelism does, then gives exactly the gradient of the loss on the global batch, logit_scale included:
+    no other factor is needed.
     """
 
     def __init__(self, config: ObjectiveConfig, world: World, *, tile: tuple[int, int], triton: bool) -> None:
@@ -89,13 +90,16 @@ class Objective:
     ) -> LossOutput:
         """total () to differentiate, and detached scalars to log. Collective, forward and backward.
 
-        sample_ids: (B, C) int64, equal in any column means: not a negative; (B', C) with a row for each caption is allowed
-        where captions have owners. sample_index: (B,) int64, position in the data set, for state kept by sample. progress:
-        share of the training done, for schedules. Queues and running normalisers move on only where gradients are recorded.
-        Raises EmbeddingsError, on all ranks, for what no objective can use; NonFiniteError among them for NaN and infinity.
+        sample_ids: (B, C) int64, equal in any column means: not a negative; (B', C) with a row for each
+        caption is allowed where captions have owners. sample_index: (B,) int64, position in the data set, for
+        state kept by sample. progress: share of the training done, for schedules. Queues and running
+        normalisers move on only where gradients are recorded. Raises EmbeddingsError, on all ranks, for what
+        no objective can use; NonFiniteError among them for NaN and infinity.
         """
         if not 0.0 <= progress <= 1.0:
-            raise ConfigError(f"progress = {progress}: must lie in [0, 1]; give the share of the training that is done")
+            raise ConfigError(
+                f"progress = {progress}: must lie in [0, 1]; give the share of the training that is done"
+            )
         inputs = check(
             embeddings, sample_ids, sample_index,
             world=self._world, tile=self._tile, mask_duplicates=self.config.mask_duplicates,
@@ -107,7 +111,9 @@ class Objective:
             terms["image_image_loss"] = image_image.detach()
         terms = {"loss": total.detach(), **terms}
         if not torch.isfinite(total):
-            raise NonFiniteError(f"non-finite loss {total.item()} of {self.config.name}: lower the learning rate")
+            raise NonFiniteError(
+                f"non-finite loss {total.item()} of {self.config.name}: lower the learning rate"
+            )
         if torch.is_grad_enabled():
             self._pairs.after_step(inputs)
         return LossOutput(total, terms)
@@ -117,18 +123,21 @@ class Objective:
         return {"version": STATE_VERSION, "name": self.config.name, **self._pairs.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the state of an equally configured objective. Raises CheckpointError where it is another's."""
+        """Take up the state of an equally configured objective. Raises CheckpointError for another's."""
         mine = self.state_dict()
         if state.get("version") != STATE_VERSION:
             raise CheckpointError(
-                f"objective state: version {state.get('version')}, this clipstack reads {STATE_VERSION}; use the one that wrote it"
+                f"objective state: version {state.get('version')}, this clipstack reads {STATE_VERSION}; "
+                "resume with the clipstack that wrote it"
             )
         if state.get("name") != self.config.name or state.keys() != mine.keys():
             raise CheckpointError(
-                f"objective state: written by {state.get('name')!r} with {sorted(state)}, the recipe's objective is "
-                f"{self.config.name!r} with {sorted(mine)}; resume with the recipe of the checkpoint"
+                f"objective state: written by {state.get('name')!r} with {sorted(state)}, the recipe's "
+                f"objective is {self.config.name!r} with {sorted(mine)}; resume with the checkpoint's recipe"
             )
-        self._pairs.load_state_dict({key: value for key, value in state.items() if key not in ("version", "name")})
+        self._pairs.load_state_dict(
+            {key: value for key, value in state.items() if key not in ("version", "name")}
+        )
 
 
 def _pair_loss(config: ObjectiveConfig, *, triton: bool) -> PairLoss:

@@ -1,4 +1,4 @@
-"""A queue of earlier steps' features as further negatives (MoCo, https://arxiv.org/abs/1911.05722), detached."""
+"""A queue of earlier steps' features as further negatives (MoCo, https://arxiv.org/abs/1911.05722)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _FIELDS = ("image", "text", "image_ids", "text_ids")
 class FeatureQueue:
     """The newest `size` images and captions of the global batch, the same on all ranks, oldest first.
 
-    An image of the batch is compared with the captions in the queue, a caption with its images. Their sample ids are kept
-    too, so that a duplicate from an earlier step is no negative either.
+    An image of the batch is compared with the captions in the queue, a caption with its images. Their sample
+    ids are kept too, so that a duplicate from an earlier step is no negative either.
     """
 
     def __init__(self, size: int) -> None:
@@ -32,19 +32,21 @@ class FeatureQueue:
         return 0 if self._kept is None else len(self._kept["image"])
 
     def negatives(self, inputs: Inputs, plan: Plan) -> tuple[Negatives, Negatives] | None:
-        """What the queue adds for this rank's images (B, ...) and captions (B', ...); None while it is empty."""
+        """What it adds for this rank's images (B, ...) and captions (B', ...); None while it is empty."""
         if self._kept is None:
             return None
         kept = {name: tensor.to(inputs.image.device) for name, tensor in self._kept.items()}
         if kept["text_ids"].shape[1] != inputs.row_ids.shape[1] - 1:
             raise ConfigError(
-                f"sample_ids: the queue holds {kept['text_ids'].shape[1]} ids for each pair, this step brings "
+                f"sample_ids: the queue holds {kept['text_ids'].shape[1]} ids a pair, this step brings "
                 f"{inputs.row_ids.shape[1] - 1}; give the same ids at every step"
             )
         image_side = self._one_side(
             inputs.image, inputs.row_ids, kept["text"], kept["text_ids"], inputs, plan
         )
-        text_side = self._one_side(inputs.text, inputs.col_ids, kept["image"], kept["image_ids"], inputs, plan)
+        text_side = self._one_side(
+            inputs.text, inputs.col_ids, kept["image"], kept["image_ids"], inputs, plan
+        )
         return image_side, text_side
 
     @staticmethod

@@ -34,7 +34,9 @@ class RowLoss:
         return (((1.0 + self.beta) * scale, 1.0 + self.beta), (self.beta * scale, self.beta))
 
     def log_sampled(self, lse: Tensor, count: Tensor, scale: float) -> Tensor:
-        """log R_i = log sum_j w_ij exp(z_ij) over the negatives: lse (B, K), count (B,) -> (B,). EMPTY without negatives."""
+        """log R_i = log sum_j w_ij exp(z_ij) over the negatives: lse (B, K), count (B,) -> (B,). EMPTY
+        without negatives.
+        """
         if self.beta == 0.0:
             return lse[:, 0]
         log_r = count.clamp(min=1).log() + lse[:, 0] - lse[:, 1]
@@ -44,7 +46,9 @@ class RowLoss:
         return torch.where(count > 0, log_r, EMPTY)
 
     def log_debiased(self, log_r: Tensor, positive: Tensor, count: Tensor, scale: Tensor) -> Tensor:
-        """log Ng_i: the share tau_plus of expected positives taken out, floored at N e^-s. No gradient at the floor."""
+        """log Ng_i: the share tau_plus of expected positives taken out, floored at N e^-s. No gradient at the
+        floor.
+        """
         if self.tau_plus == 0.0:
             return log_r
         log_n = count.clamp(min=1).log()
@@ -66,8 +70,8 @@ class RowLoss:
     ) -> Tensor:
         """The loss of each anchor, (A,). An anchor without a single negative costs nothing.
 
-        positive: (A,) scaled logits z_ii; lse: (A, K); count: (A,); scale: (). With label smoothing, the target is spread
-        over the positive and all negatives, whose scaled logits sum to `total` (A,).
+        positive: (A,) scaled logits z_ii; lse: (A, K); count: (A,); scale: (). With label smoothing, the
+        target is spread over the positive and all negatives, whose scaled logits sum to `total` (A,).
         """
         log_r = self.log_sampled(lse, count, scale.item())
         log_negatives = self.log_debiased(log_r, positive, count, scale)

@@ -1,4 +1,4 @@
-"""The pairwise sigmoid loss of SigLIP (https://arxiv.org/abs/2303.15343), on the engine's pointwise reducer."""
+"""The pairwise sigmoid loss of SigLIP (https://arxiv.org/abs/2303.15343), on the pointwise reducer."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from clipstack.losses.tiles import Plan, reduce_pairs
 
 
 class SigmoidPairs:
-    """sum over all pairs of softplus(-(z + bias)) for positives, softplus(z + bias) for negatives, divided by the images."""
+    """sum over all pairs of softplus(-(z + bias)) for positives, softplus(z + bias) for negatives, divided by
+    the images.
+    """
 
     def __call__(self, inputs: Inputs, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss of this rank's images, terms to log). Collective, forward and backward."""
         if inputs.bias is None:
             raise ConfigError(
-                'objective.name = "siglip": the model has no logit_bias; set init_logit_bias in its config, such as -10'
+                'objective.name = "siglip": the model has no logit_bias; set its init_logit_bias, such as -10'
             )
         scale, bias = inputs.scale.item(), inputs.bias.to(inputs.acc)
         plan = Plan(

@@ -1,4 +1,6 @@
-"""The softmax family on the engine: CLIP, hard negatives, debiased, decoupled; with a queue, mixing and label smoothing."""
+"""The softmax family on the engine: CLIP, hard negatives, debiased, decoupled; with a queue, mixing and label
+smoothing.
+"""
 
 from __future__ import annotations
 
@@ -64,12 +66,17 @@ class SoftmaxPairs:
                 label_smoothing=self._label_smoothing, total=inputs.scale * side.total,
             )  # fmt: skip
 
-        per_text = inputs.of_owner(image_side.lse), inputs.of_owner(image_side.count), inputs.of_owner(image_side.total)
+        per_text = (
+            inputs.of_owner(image_side.lse),
+            inputs.of_owner(image_side.count),
+            inputs.of_owner(image_side.total),
+        )
         loss = 0.5 * (inputs.image_mean(loss_of(Negatives(*per_text))) + loss_of(text_side).mean())
         with torch.no_grad():
             terms = pair_terms(inputs, cosines, rows, cols, exponents.plain)
             terms["effective_negatives"] = 0.5 * (
-                effective_count(image_side, exponents.spread).mean() + effective_count(text_side, exponents.spread).mean()
+                effective_count(image_side, exponents.spread).mean()
+                + effective_count(text_side, exponents.spread).mean()
             )
             if self._queue is not None:
                 terms["queue_filled"] = inputs.scale.new_tensor(len(self._queue))
@@ -101,8 +108,8 @@ class SoftmaxPairs:
 class Exponents:
     """Which log-sum-exps a step takes, and where to find those for the logs.
 
-    plain: the index of kappa = scale, CLIP's own. spread: the indices of beta z and 2 beta z, whose log-sum-exps give the
-    effective number of negatives; None where all weigh the same.
+    plain: the index of kappa = scale, CLIP's own. spread: the indices of beta z and 2 beta z, whose
+    log-sum-exps give the effective number of negatives; None where all weigh the same.
     """
 
     graded: tuple[Exponent, ...]
@@ -147,7 +154,7 @@ def row_loss_at(config: SoftmaxConfig, progress: float) -> RowLoss:
 
 
 def ramp(progress: float, warmup: float, length: float) -> float:
-    """0 during the warm-up, then linearly to 1 over `length`; 1 at the end of the training whatever they are."""
+    """0 during the warm-up, then linearly to 1 over `length`; 1 at the end of the training in any case."""
     if progress >= min(1.0, warmup + length):
         return 1.0
     return max(0.0, (progress - warmup) / length) if length > 0 else 0.0

@@ -25,7 +25,8 @@ class Tile(NamedTuple):
 
 
 class Exponent(NamedTuple):
-    """An inverse temperature kappa of a log-sum-exp: one number for all anchors, or one for each row and each column.
+    """An inverse temperature kappa of a log-sum-exp: one number for all anchors, or one for each row and each
+    column.
 
     rows: kappa, or (B,); cols: kappa, or (N,) over the columns of all ranks. multiple: d kappa / d scale.
     """
@@ -77,8 +78,8 @@ class TileGradient(NamedTuple):
 class ExponentGradient:
     """The gradient of one log-sum-exp: G_ij = kappa_i g_i exp(kappa_i c_ij - L_i) + the same of the column.
 
-    Where the temperature is shared and all L lie close together, G_ij = exp(kappa c_ij - shift) (row_weight_i + col_weight_j):
-    one exp for both directions. Elsewhere shift is None.
+    Where the temperature is shared and all L lie close together, G_ij = exp(kappa c_ij - shift) (row_weight_i
+    + col_weight_j): one exp for both directions. Elsewhere shift is None.
     """
 
     exponent: Exponent
@@ -103,8 +104,7 @@ class ExponentGradient:
         if float(high - low) > SAFE_SPAN:
             return ExponentGradient(exponent, lses, grads, None, grads)
         weights = [
-            grad * exponent.shared * (shift - lse).exp()
-            for lse, grad in zip(lses, grads, strict=True)
+            grad * exponent.shared * (shift - lse).exp() for lse, grad in zip(lses, grads, strict=True)
         ]
         return ExponentGradient(exponent, lses, grads, shift, (weights[0], weights[1]))
 
@@ -112,13 +112,16 @@ class ExponentGradient:
         """out (m, n) = G of a tile. Entries of excluded pairs are unspecified."""
         if self.shift is not None and self.exponent.shared is not None:
             torch.mul(cosines, self.exponent.shared, out=scratch).sub_(self.shift).exp_()
-            torch.add(self.weights[0][tile.rows, None], self.weights[1][None, tile.cols], out=out).mul_(scratch)
+            torch.add(self.weights[0][tile.rows, None], self.weights[1][None, tile.cols], out=out).mul_(
+                scratch
+            )
             return
         out.zero_()
         for side in (0, 1):
             kappa = self.exponent.column(side, tile)
             lse, grad = (
-                x[tile.rows, None] if side == 0 else x[None, tile.cols] for x in (self.lses[side], self.grads[side])
+                x[tile.rows, None] if side == 0 else x[None, tile.cols]
+                for x in (self.lses[side], self.grads[side])
             )
             torch.mul(cosines, kappa, out=scratch).sub_(lse).exp_().mul_(grad)
             out.add_(scratch.mul_(kappa))
@@ -140,14 +143,16 @@ class TileBackend(Protocol):
         *,
         scale_gradient: bool,
     ) -> TileGradient:
-        """`scale_gradient`: also sum the log-sum-exps' share of the scale's gradient. The result lives until the next call."""
+        """`scale_gradient`: also sum the log-sum-exps' share of the scale's gradient. The result lives until
+        the next call.
+        """
 
     def add_product(self, out: Tensor, a: Tensor, b: Tensor) -> None:
         """out += a @ b."""
 
 
 class TorchTiles:
-    """Tiles in plain torch, in fp32 (fp64 for fp64 features), with buffers that are used again for each tile."""
+    """Tiles in plain torch, in fp32 (fp64 for fp64 features), with buffers that serve every tile."""
 
     def __init__(
         self,
@@ -184,19 +189,36 @@ class TorchTiles:
             cosines.masked_fill_(excluded, -math.inf)
         if self._softplus is not None:
             scale, bias = self._softplus
-            # softplus(z) = -logsigmoid(-z); torch's own softplus turns linear at 20, which costs digits in fp64.
+            # softplus(z) = -logsigmoid(-z); torch's softplus turns linear at 20, which costs digits.
             row_softplus = -logsigmoid(cosines.mul(-scale).sub_(bias)).sum(1)
         row_max = cosines.amax(1)
         col_max = cosines.amax(0) if two_sided else row_max
-        lses = [self._tile_lse(exponent, cosines, tile, row_max, col_max, two_sided) for exponent in self._exponents]
+        lses = [
+            self._tile_lse(exponent, cosines, tile, row_max, col_max, two_sided)
+            for exponent in self._exponents
+        ]
         row_lse = torch.stack([rows for rows, _ in lses], 1) if lses else cosines.new_zeros(len(cosines), 0)
-        col_lse = torch.stack([cols for _, cols in lses], 1) if lses else cosines.new_zeros(cosines.shape[1], 0)
+        col_lse = (
+            torch.stack([cols for _, cols in lses], 1) if lses else cosines.new_zeros(cosines.shape[1], 0)
+        )
         return TileSums(
-            row_lse, col_lse, row_max.clamp(min=EMPTY), col_max.clamp(min=EMPTY), row_total, col_total, row_softplus
+            row_lse,
+            col_lse,
+            row_max.clamp(min=EMPTY),
+            col_max.clamp(min=EMPTY),
+            row_total,
+            col_total,
+            row_softplus,
         )
 
     def _tile_lse(
-        self, exponent: Exponent, cosines: Tensor, tile: Tile, row_max: Tensor, col_max: Tensor, two_sided: bool
+        self,
+        exponent: Exponent,
+        cosines: Tensor,
+        tile: Tile,
+        row_max: Tensor,
+        col_max: Tensor,
+        two_sided: bool,
     ) -> tuple[Tensor, Tensor]:
         scratch = self._buffer("scratch", (cosines.shape[0], cosines.shape[1]))
         shift = None if exponent.shared is None else _common_shift(exponent.shared, row_max, col_max)
@@ -229,7 +251,9 @@ class TorchTiles:
             if excluded is not None:
                 out.masked_fill_(excluded, 0.0)
             if scale_gradient and exponent.exponent.multiple != 0.0 and exponent.exponent.shared is not None:
-                dscale = dscale + (out * cosines).sum() * (exponent.exponent.multiple / exponent.exponent.shared)
+                dscale = dscale + (out * cosines).sum() * (
+                    exponent.exponent.multiple / exponent.exponent.shared
+                )
             if k > 0:
                 pairs.add_(out)
         if not exponents:
@@ -251,10 +275,11 @@ class TorchTiles:
 
 
 def _common_shift(kappa: float, row_max: Tensor, col_max: Tensor) -> float | None:
-    """A shift under which exp(kappa c - shift) keeps every row's and every column's sum in range, if there is one.
+    """A shift under which exp(kappa c - shift) keeps every row's and every column's sum in range, if there is
+    one.
 
-    Cosines span at most 2, so moderate temperatures need no look at the tile. On CUDA no such look is taken: it would
-    make the host wait for the device at every tile.
+    Cosines span at most 2, so moderate temperatures need no look at the tile. On CUDA no such look is taken:
+    it would make the host wait for the device at every tile.
     """
     if 2.02 * kappa < SAFE_SPAN:
         return kappa
@@ -276,8 +301,12 @@ def _log_of_sum(sums: Tensor, shift: float) -> Tensor:
     return torch.where(sums > 0, sums.log() + shift, EMPTY)
 
 
-def _one_sided_lse(kappa: float | Tensor, cosines: Tensor, scratch: Tensor, maxima: Tensor, dim: int) -> Tensor:
-    """log sum exp(kappa c) over `dim`, each anchor by its own maximum; (m, 1) or (1, n) maxima, -inf for an empty anchor."""
+def _one_sided_lse(
+    kappa: float | Tensor, cosines: Tensor, scratch: Tensor, maxima: Tensor, dim: int
+) -> Tensor:
+    """log sum exp(kappa c) over `dim`, each anchor by its own maximum; (m, 1) or (1, n) maxima, -inf for an
+    empty anchor.
+    """
     finite = torch.where(maxima > EMPTY, maxima, 0.0)
     sums = torch.sub(cosines, finite, out=scratch).mul_(kappa).exp_().sum(dim)
     return torch.where(sums > 0, sums.log() + (kappa * finite).squeeze(dim), EMPTY)

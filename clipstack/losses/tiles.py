@@ -1,8 +1,9 @@
 """The tiled engine: sums over all pairs of rows and columns, without ever storing the matrix of pairs.
 
-Rows are this rank's features (B, D); columns are gathered from all ranks (N, D). One pass over tiles of C = U V^T serves
-both directions. What is kept between forward and backward is O(N (D + K)); the backward pass computes each tile again.
-The arithmetic inside one tile is in tile_math.py (torch) and triton_tiles.py (CUDA).
+Rows are this rank's features (B, D); columns are gathered from all ranks (N, D). One pass over tiles of C = U
+V^T serves both directions. What is kept between forward and backward is O(N (D + K)); the backward pass
+computes each tile again. The arithmetic inside one tile is in tile_math.py (torch) and triton_tiles.py
+(CUDA).
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ class Exclusions:
     """
 
     def __init__(self, row_ids: Tensor, col_ids: Tensor, tile: tuple[int, int]) -> None:
-        """row_ids: (B, R), col_ids: (N, R) int64: a row and a column are excluded if any of the R ids agrees."""
+        """row_ids: (B, R), col_ids: (N, R) int64: a pair is excluded if any of its R ids agrees."""
         self.tile = tile
         self._pairs = [(r.contiguous(), c.contiguous()) for r, c in zip(row_ids.T, col_ids.T, strict=True)]
-        self._meets: list[list[bool]] = self._tiles_that_meet(len(row_ids), len(col_ids), row_ids.device).tolist()
+        self._meets: list[list[bool]] = self._tiles_that_meet(
+            len(row_ids), len(col_ids), row_ids.device
+        ).tolist()
 
     def _tiles_that_meet(self, rows: int, cols: int, device: torch.device) -> Tensor:
         """(row tiles, column tiles) bool: some id of the row tile is also in the column tile."""
@@ -65,9 +68,9 @@ class Exclusions:
 class PairSums(NamedTuple):
     """What each anchor sees of its negatives, (A, ...) for A anchors.
 
-    lse: (A, K) log sum exp(kappa_k c). total: (A,) sum of cosines. softplus: (A,) sum of softplus(scale c + bias).
-    num_negatives: (A,) how many. hardest: (A,) largest cosine of a negative, EMPTY without one.
-    total and softplus are zero where the plan does not ask for them; softplus is summed for rows alone.
+    lse: (A, K) log sum exp(kappa_k c). total: (A,) sum of cosines. softplus: (A,) sum of softplus(scale c +
+    bias). num_negatives: (A,) how many. hardest: (A,) largest cosine of a negative, EMPTY without one. total
+    and softplus are zero where the plan does not ask for them; softplus is summed for rows alone.
     """
 
     lse: Tensor
@@ -81,10 +84,11 @@ class PairSums(NamedTuple):
 class Plan:
     """What one pass over the pairs computes.
 
-    graded: log-sum-exps with gradients; measured: more of them, for logs alone. owner: (B',) the row of each own column's
-    positive, None where column i belongs to row i; paired: False where columns are nobody's positives, such as a queue's.
-    two_sided: reduce over the rows too, for each column. linear: sum the cosines. softplus: (scale, bias) of the pointwise
-    reducer. triton: use the CUDA kernels where they can do what is asked.
+    graded: log-sum-exps with gradients; measured: more of them, for logs alone. owner: (B',) the row of each
+    own column's positive, None where column i belongs to row i; paired: False where columns are nobody's
+    positives, such as a queue's. two_sided: reduce over the rows too, for each column. linear: sum the
+    cosines. softplus: (scale, bias) of the pointwise reducer. triton: use the CUDA kernels where they can do
+    what is asked.
     """
 
     exclusions: Exclusions
@@ -107,25 +111,31 @@ class Plan:
         plain = all(exponent.shared is not None for exponent in self.exponents)
         if self.triton and plain and not self.linear and self.softplus is None and u.dtype != torch.float64:
             return TritonTiles(u, v, self.exponents)
-        return TorchTiles(u, v, self.exclusions.tile, self.exponents, linear=self.linear, softplus=self.softplus)
+        return TorchTiles(
+            u, v, self.exclusions.tile, self.exponents, linear=self.linear, softplus=self.softplus
+        )
 
 
 def reduce_pairs(
     u: Tensor, v: Tensor, scale: Tensor, plan: Plan, bias: Tensor | None = None
 ) -> tuple[Tensor, PairSums, PairSums]:
-    """(cosines of the positives (B',) or (0,), sums of the rows (B, ...), sums of the columns (B', ...)) over the pairs of all ranks.
+    """(cosines of the positives (B',) or (0,), sums of the rows (B, ...), sums of the columns (B', ...)) over
+    the pairs of all ranks.
 
-    u: (B, D), v: (B', D): this rank's rows and columns, equal shapes on all ranks, |cosine| <= 1; scale, bias: ().
-    Differentiable in u, v, scale and bias; each rank's gradients are its share of the sum-adjoint, so that averaging
-    parameter gradients over ranks gives those of the mean over all anchors. fp16, bf16 and fp32 features are accumulated in
-    fp32, fp64 in fp64. Collective, forward and backward.
+    u: (B, D), v: (B', D): this rank's rows and columns, equal shapes on all ranks, |cosine| <= 1; scale,
+    bias: (). Differentiable in u, v, scale and bias; each rank's gradients are its share of the sum-adjoint,
+    so that averaging parameter gradients over ranks gives those of the mean over all anchors. fp16, bf16 and
+    fp32 features are accumulated in fp32, fp64 in fp64. Collective, forward and backward.
     """
-    out = _PairReduction.apply(u, v, scale, u.new_zeros(()) if bias is None else bias, plan)  # type: ignore[no-untyped-call]
+    bias = u.new_zeros(()) if bias is None else bias
+    out = _PairReduction.apply(u, v, scale, bias, plan)  # type: ignore[no-untyped-call]
     return out[0], PairSums(*out[1:6]), PairSums(*out[6:11])
 
 
 def dual_lse(u: Tensor, v: Tensor, scale: Tensor, plan: Plan) -> tuple[PairSums, PairSums]:
-    """log sum_{j in Neg(i)} exp(kappa c_ij) of each row over all columns of all ranks, and the same of each column."""
+    """log sum_{j in Neg(i)} exp(kappa c_ij) of each row over all columns of all ranks, and the same of each
+    column.
+    """
     _, rows, cols = reduce_pairs(u, v, scale, plan)
     return rows, cols
 
@@ -154,7 +164,9 @@ class _Running:
 
 
 def _reduce_tiles(u: Tensor, v: Tensor, plan: Plan, acc: torch.dtype) -> tuple[_Running, _Running]:
-    """One pass over this rank's rows and all columns; the columns' sums are partial: over this rank's rows alone."""
+    """One pass over this rank's rows and all columns; the columns' sums are partial: over this rank's rows
+    alone.
+    """
     like = u.new_empty((), dtype=acc)
     rows = _Running(len(u), len(plan.exponents), like)
     cols = _Running(len(v), len(plan.exponents), like)
@@ -178,7 +190,9 @@ def _reduce_tiles(u: Tensor, v: Tensor, plan: Plan, acc: torch.dtype) -> tuple[_
 
 class _PairReduction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, u: Tensor, v: Tensor, scale: Tensor, bias: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, u: Tensor, v: Tensor, scale: Tensor, bias: Tensor, plan: Plan
+    ) -> tuple[Tensor, ...]:
         acc, world = accumulation_dtype(u.dtype), plan.world
         v_all = world.all_gather(v)  # collective
         own = slice(world.rank * len(v), (world.rank + 1) * len(v))
@@ -192,15 +206,23 @@ class _PairReduction(torch.autograd.Function):
         row_sums = PairSums(rows.lse, rows.total, rows.softplus, len(v_all) - rows.excluded, rows.hardest)
         col_count = world.size * len(u) - cols.excluded[own]
         col_sums = PairSums(
-            cols.lse[own].clone(), cols.total[own].clone(), cols.softplus[own].clone(), col_count, cols.hardest[own].clone()
+            cols.lse[own].clone(),
+            cols.total[own].clone(),
+            cols.softplus[own].clone(),
+            col_count,
+            cols.hardest[own].clone(),
         )
         ctx.mark_non_differentiable(
-            row_sums.num_negatives, row_sums.hardest, col_sums.softplus, col_sums.num_negatives, col_sums.hardest
+            row_sums.num_negatives,
+            row_sums.hardest,
+            col_sums.softplus,
+            col_sums.num_negatives,
+            col_sums.hardest,
         )
         return (positive, *row_sums, *col_sums)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         u, v_all, scale, row_lse, col_lse = ctx.saved_tensors
@@ -211,15 +233,19 @@ class _PairReduction(torch.autograd.Function):
         col_grad = plan.world.all_gather(col_grad)  # collective
         with torch.autocast(u.device.type, enabled=False):
             exponents = tuple(
-                ExponentGradient.prepare(exponent, row_lse[:, k], col_lse[:, k], row_grad[:, k], col_grad[:, k])
+                ExponentGradient.prepare(
+                    exponent, row_lse[:, k], col_lse[:, k], row_grad[:, k], col_grad[:, k]
+                )
                 for k, exponent in enumerate(plan.graded)
             )
             du, dv, dscale, dbias = _backward_tiles(
-                u, v_all, plan, exponents, (row_grad[:, depth], col_grad[:, depth]), row_grads.softplus, scale,
-                needs_v=ctx.needs_input_grad[1],
+                u, v_all, plan, exponents, (row_grad[:, depth], col_grad[:, depth]), row_grads.softplus,
+                scale, needs_v=ctx.needs_input_grad[1],
             )  # fmt: skip
             _add_positive_gradient(du, dv[ctx.own], u, v_all[ctx.own], plan.owner, positive_grad)
-        dv_own = _sum_own_over_ranks(dv, ctx.own, plan.world) if ctx.needs_input_grad[1] else None  # collective
+        dv_own = (
+            _sum_own_over_ranks(dv, ctx.own, plan.world) if ctx.needs_input_grad[1] else None
+        )  # collective
         return (
             du.to(u.dtype),
             None if dv_own is None else dv_own.to(u.dtype),
@@ -244,7 +270,7 @@ def _backward_tiles(
     acc = accumulation_dtype(u.dtype)
     du, dv = torch.zeros_like(u, dtype=acc), torch.zeros_like(v, dtype=acc)
     dscale, dbias = du.new_zeros(()), du.new_zeros(())
-    # Where every kappa is a multiple of the scale, sum_ij G_ij c_ij = scale * dscale: no extra pass over the pairs.
+    # Where every kappa is a multiple of the scale, sum_ij G_ij c_ij = scale * dscale: no extra pass needed.
     proportional = not plan.linear and all(exponent.proportional(scale.item()) for exponent in plan.graded)
     backend = plan.backend(u, v)
     for tile in tiles_of(len(u), len(v), plan.exclusions.tile):
@@ -294,7 +320,9 @@ def _add_positive_gradient(
 
 
 def _reduce_over_ranks(cols: _Running, world: World) -> None:
-    """Complete the columns' partial sums: log-sum-exps by max, then sum. Two collectives; none in a world of one."""
+    """Complete the columns' partial sums: log-sum-exps by max, then sum. Two collectives; none in a world of
+    one.
+    """
     if world.size == 1:
         return
     top = world.all_reduce(torch.cat([cols.lse, cols.hardest[:, None]], 1), op=dist.ReduceOp.MAX)
@@ -317,10 +345,9 @@ def _sum_own_over_ranks(per_column: Tensor, own: slice, world: World) -> Tensor:
 
 
 @torch.no_grad()
-def mean_negative_cosines(
-    u: Tensor, v: Tensor, plan: Plan, lses: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """sum_j p_ij c_ij under the softmax of the first exponent, for rows (B,) and own columns (B',). No gradient. Collective.
+def mean_negative_cosines(u: Tensor, v: Tensor, plan: Plan, lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """sum_j p_ij c_ij under the softmax of the first exponent, for rows (B,) and own columns (B',). No
+    gradient. Collective.
 
     lses: log-sum-exps of that exponent, of the rows (B,) and of the columns of all ranks (N,).
     """

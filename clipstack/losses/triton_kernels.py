@@ -3,6 +3,7 @@
 Checked against the torch tiles in Triton's interpreter on a CPU; not yet run on a GPU.
 """
 
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
 
 import triton
@@ -12,19 +13,23 @@ EMPTY = tl.constexpr(-1e30)
 
 
 @triton.jit
-def _cosines(u, v, row, col, rows, cols, dim, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
+def _cosines(u, v, row, col, rows, cols, dim, BLOCK_D: tl.constexpr):
     """(BLOCK_M, BLOCK_N) products of a block of rows with a block of columns, accumulated in fp32."""
     out = tl.zeros((row.shape[0], col.shape[0]), dtype=tl.float32)
     for start in range(0, dim, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        a = tl.load(u + row[:, None] * dim + d[None, :], mask=(row[:, None] < rows) & (d[None, :] < dim), other=0.0)
-        b = tl.load(v + col[None, :] * dim + d[:, None], mask=(col[None, :] < cols) & (d[:, None] < dim), other=0.0)
+        a = tl.load(
+            u + row[:, None] * dim + d[None, :], mask=(row[:, None] < rows) & (d[None, :] < dim), other=0.0
+        )
+        b = tl.load(
+            v + col[None, :] * dim + d[:, None], mask=(col[None, :] < cols) & (d[:, None] < dim), other=0.0
+        )
         out = tl.dot(a, b, out, input_precision="ieee")
     return out
 
 
 @triton.jit
-def _is_negative(excluded, row, col, rows, cols, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _is_negative(excluded, row, col, rows, cols, MASKED: tl.constexpr):
     inside = (row[:, None] < rows) & (col[None, :] < cols)
     if MASKED:
         out = tl.load(excluded + row[:, None] * cols + col[None, :], mask=inside, other=1)
@@ -33,11 +38,14 @@ def _is_negative(excluded, row, col, rows, cols, MASKED: tl.constexpr):  # type:
 
 
 @triton.jit
-def sums_kernel(  # type: ignore[no-untyped-def]
+def sums_kernel(
     u, v, excluded, kappas, row_lse, col_lse, row_max, col_max, rows, cols, dim,
-    K: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    K: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Partial results of one block: row_lse (column blocks, K, rows), col_lse (row blocks, K, cols), and the maxima."""
+    """Partial results of one block: row_lse (column blocks, K, rows), col_lse (row blocks, K, cols), and the
+    maxima.
+    """
     i, j = tl.program_id(0), tl.program_id(1)
     row, col = i * BLOCK_M + tl.arange(0, BLOCK_M), j * BLOCK_N + tl.arange(0, BLOCK_N)
     c = _cosines(u, v, row, col, rows, cols, dim, BLOCK_D)
@@ -57,13 +65,15 @@ def sums_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def gradient_kernel(  # type: ignore[no-untyped-def]
+def gradient_kernel(
     u, v, excluded, kappas, slopes, row_lse, col_lse, row_grad, col_grad, pairs, scale_parts, rows, cols, dim,
-    K: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    K: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of the gradient of the cosines, and sum_k slopes_k sum(G_k c) of the block for the scale.
 
-    row_lse, row_grad: (K, rows); col_lse, col_grad: (K, cols); empty anchors have lse = +inf. scale_parts: (blocks,).
+    row_lse, row_grad: (K, rows); col_lse, col_grad: (K, cols); empty anchors have lse = +inf. scale_parts:
+    (blocks,).
     """
     i, j = tl.program_id(0), tl.program_id(1)
     row, col = i * BLOCK_M + tl.arange(0, BLOCK_M), j * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -77,10 +87,14 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
         lse_c = tl.load(col_lse + k * cols + col, mask=col < cols, other=float("inf"))
         grad_r = tl.load(row_grad + k * rows + row, mask=row < rows, other=0.0)
         grad_c = tl.load(col_grad + k * cols + col, mask=col < cols, other=0.0)
-        g = grad_r[:, None] * tl.exp(kappa * c - lse_r[:, None]) + grad_c[None, :] * tl.exp(kappa * c - lse_c[None, :])
+        g = grad_r[:, None] * tl.exp(kappa * c - lse_r[:, None]) + grad_c[None, :] * tl.exp(
+            kappa * c - lse_c[None, :]
+        )
         g = tl.where(negative, kappa * g, 0.0)
         scale_part += tl.load(slopes + k) * tl.sum(tl.sum(g * c, 1), 0)
         total += g
     tl.store(scale_parts + i * tl.num_programs(1) + j, scale_part)
     where = row[:, None] * cols + col[None, :]
-    tl.store(pairs + where, total.to(pairs.dtype.element_ty), mask=(row[:, None] < rows) & (col[None, :] < cols))
+    tl.store(
+        pairs + where, total.to(pairs.dtype.element_ty), mask=(row[:, None] < rows) & (col[None, :] < cols)
+    )

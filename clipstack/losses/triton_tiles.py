@@ -1,7 +1,7 @@
 """The arithmetic of one tile on CUDA: Triton kernels that never write the exponentials to memory.
 
-The torch tiles are the reference and the default. These are checked against them in Triton's interpreter on a CPU and were
-not yet run on a GPU, so they are used only where asked for.
+The torch tiles are the reference and the default. These are checked against them in Triton's interpreter on a
+CPU and were not yet run on a GPU, so they are used only where asked for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def require_triton(device: torch.device) -> None:
     if importlib.util.find_spec("triton") is None:
         raise ConfigError("CLIPSTACK_TRITON=1: triton is not installed; pip install triton, or unset it")
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError(f"CLIPSTACK_TRITON=1: the kernels need CUDA, this process runs on {device.type}; unset it")
+        raise ConfigError(
+            f"CLIPSTACK_TRITON=1: the kernels need CUDA, this process runs on {device.type}; unset it"
+        )
 
 
 class TritonTiles:
@@ -32,8 +34,8 @@ class TritonTiles:
     def __init__(self, u: Tensor, v: Tensor, exponents: tuple[Exponent, ...]) -> None:
         self._u, self._v = u.contiguous(), v.contiguous()
         self._kappas = self._numbers([exponent.shared for exponent in exponents])
-        # The gradient of the cosines in the features' own dtype, so that tensor cores serve the products that follow;
-        # fp16 has too few exponents for it.
+        # The gradient of the cosines in bf16 for bf16 features, so that tensor cores serve the products that
+        # follow; fp16 has too few exponents for it.
         self._pairs_dtype = torch.bfloat16 if u.dtype == torch.bfloat16 else torch.float32
 
     def _numbers(self, values: list[float | None]) -> Tensor:
@@ -53,7 +55,8 @@ class TritonTiles:
         col_lse = self._kappas.new_empty(grid[0], count, len(v))
         row_max, col_max = self._kappas.new_empty(grid[1], len(u)), self._kappas.new_empty(grid[0], len(v))
         sums_kernel[grid](
-            u, v, _bytes(excluded, u), self._kappas, row_lse, col_lse, row_max, col_max, len(u), len(v), u.shape[1],
+            u, v, _bytes(excluded, u), self._kappas, row_lse, col_lse, row_max, col_max,
+            len(u), len(v), u.shape[1],
             K=count, MASKED=excluded is not None, **BLOCK,
         )  # fmt: skip
         zero = self._kappas.new_zeros(())
@@ -84,7 +87,8 @@ class TritonTiles:
             for side, part in enumerate(tile)
         )
         gradient_kernel[grid](
-            u, v, _bytes(excluded, u), self._kappas, slopes, row_lse, col_lse, row_grad, col_grad, pairs, scale_parts,
+            u, v, _bytes(excluded, u), self._kappas, slopes, row_lse, col_lse, row_grad, col_grad,
+            pairs, scale_parts,
             len(u), len(v), u.shape[1], K=len(exponents), MASKED=excluded is not None, **BLOCK,
         )  # fmt: skip
         return TileGradient(pairs, scale_parts.sum(), self._kappas.new_zeros(()))

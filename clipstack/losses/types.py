@@ -10,8 +10,8 @@ from torch import Tensor
 class Embeddings(NamedTuple):
     """Unit-norm features of one rank's share of the batch.
 
-    image: (B, D). text: (B, D), or (B*P, D) with several captions an image. logit_scale: () the LOG of the scale.
-    logit_bias: () or None. image_view: (B, D), a second view of each image, for image-image terms.
+    image: (B, D). text: (B, D), or (B*P, D) with several captions an image. logit_scale: () the LOG of the
+    scale. logit_bias: () or None. image_view: (B, D), a second view of each image, for image-image terms.
     text_owner: (B*P,) int64, the row of the image that each caption belongs to; None: caption i to image i.
     """
 

@@ -16,9 +16,13 @@ from clipstack.world import World, current_world
 
 
 def run_ranks(function: Callable[..., Any], size: int, folder: Path, *args: Any) -> list[Any]:
-    """What `function(world, *args)` returned on each rank. `function` stands at the top of a module; results are torch.save-able."""
+    """What `function(world, *args)` returned on each rank. `function` stands at the top of a module; results
+    are torch.save-able.
+    """
     # Forked from a server that has imported torch once, and computed nothing.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "torch.distributed", "clipstack.losses"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["torch", "torch.distributed", "clipstack.losses"]
+    )
     mp.start_processes(_on_rank, (size, str(folder), function, args), nprocs=size, start_method="forkserver")
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(size)]
 

@@ -1,4 +1,6 @@
-"""The definitions, slowly: whole matrices of pairs, one anchor after another, float64. Shares no code with what it tests."""
+"""The definitions, slowly: whole matrices of pairs, one anchor after another, float64. Shares no code with
+what it tests.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from torch import Tensor
 def anchor_loss(
     positive: Tensor, negatives: Tensor, scale: Tensor, config: dict[str, Any], extra: Tensor | None = None
 ) -> Tensor:
-    """The loss of one anchor from its scaled logits. Formulas as in the papers, in linear space where float64 allows."""
+    """The loss of one anchor from its scaled logits. Formulas as in the papers, in linear space where float64
+    allows.
+    """
     if extra is not None:
         negatives = torch.cat([negatives, extra])
     number = len(negatives)
@@ -62,5 +66,7 @@ def sigmoid_loss(
     for i in range(len(image)):
         for j in range(len(text)):
             if i == j or not is_duplicate(i, j, ids):
-                total = total + torch.nn.functional.softplus(-logits[i, j] if i == j else logits[i, j], threshold=math.inf)
+                total = total + torch.nn.functional.softplus(
+                    -logits[i, j] if i == j else logits[i, j], threshold=math.inf
+                )
     return total / len(image)

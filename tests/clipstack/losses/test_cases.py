@@ -39,10 +39,10 @@ def unit(rows: list[list[float]]) -> Tensor:
 @pytest.mark.skipif(not CASES.exists(), reason="needs the shared case file")
 @pytest.mark.parametrize("tile", [1, 3, 64])
 @pytest.mark.parametrize(("case", "want"), load_cases(), ids=lambda x: x.get("loss"))
-def test_case_has_the_published_value_and_gradients(case: dict[str, Any], want: dict[str, Any], tile: int) -> None:
-    objective = build_objective(
-        objective_of(want, len(case["queue_image_raw"])), World(), tile=(tile, tile)
-    )
+def test_case_has_the_published_value_and_gradients(
+    case: dict[str, Any], want: dict[str, Any], tile: int
+) -> None:
+    objective = build_objective(objective_of(want, len(case["queue_image_raw"])), World(), tile=(tile, tile))
     bias = want["params"].get("logit_bias")
     if want["loss"] == "queue":
         scale = torch.tensor(case["logit_scale"], dtype=torch.float64)

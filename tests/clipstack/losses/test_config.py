@@ -28,16 +28,25 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"name": "clip", "beta": 1}, "objective.beta: 'clip' has no such option; it has mask_duplicates"),
     ({"name": "dcl", "label_smoothing": 0.1}, "objective.label_smoothing: 'dcl' has no such option"),
     ({"name": "siglip", "queue_size": 8}, "objective.queue_size: 'siglip' has no such option"),
-    ({"name": "hard_negative", "individual_temperature": {}}, "objective.individual_temperature: 'hard_negative' has no"),
+    (
+        {"name": "hard_negative", "individual_temperature": {}},
+        "objective.individual_temperature: 'hard_negative' has no",
+    ),
     ({"name": "clip", "queue_sise": 8}, "did you mean queue_size?"),
     ({"name": "clip", "queue_size": -8}, "objective.queue_size = -8: must be >= 0"),
     ({"name": "clip", "label_smoothing": 1.0}, "objective.label_smoothing = 1.0: must be < 1"),
-    ({"name": "clip", "individual_temperature": {"gamma": 0}}, "objective.individual_temperature.gamma = 0: must be > 0"),
+    (
+        {"name": "clip", "individual_temperature": {"gamma": 0}},
+        "objective.individual_temperature.gamma = 0: must be > 0",
+    ),
     ({"name": "clip", "individual_temperature": {"gama": 1}}, "did you mean gamma?"),
     ({"name": "clip", "individual_temperature": {"tau_init": 2}}, "tau_init = 2.0 must lie between"),
     ({"name": "clip", "individual_temperature": {}, "queue_size": 4}, "cannot be combined with queue_size"),
     ({"name": "clip", "mixing": {"count": 0}}, "objective.mixing: count and query_count are both 0"),
-    ({"name": "clip", "image_image": {"temperature": 0}}, "objective.image_image.temperature = 0: must be > 0"),
+    (
+        {"name": "clip", "image_image": {"temperature": 0}},
+        "objective.image_image.temperature = 0: must be > 0",
+    ),
 ]
 
 

@@ -1,4 +1,6 @@
-"""The tiled objectives against the slow definitions: values, gradients, any shape, any tile, any dtype, little memory."""
+"""The tiled objectives against the slow definitions: values, gradients, any shape, any tile, any dtype,
+little memory.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,11 @@ CONFIGS: list[dict[str, Any]] = [
 
 def unit(n: int, dim: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return normalize(torch.randn(n, dim, generator=generator, dtype=torch.float64), dim=1).to(dtype).requires_grad_()
+    return (
+        normalize(torch.randn(n, dim, generator=generator, dtype=torch.float64), dim=1)
+        .to(dtype)
+        .requires_grad_()
+    )
 
 
 def well_rounded(n: int, dim: int, seed: int, dtype: torch.dtype) -> Tensor:
@@ -44,9 +50,7 @@ def well_rounded(n: int, dim: int, seed: int, dtype: torch.dtype) -> Tensor:
     return many[gaps < 9e-4][:n].requires_grad_()
 
 
-def ours(
-    config: dict[str, Any], leaves: list[Tensor], ids: Tensor | None, tile: tuple[int, int]
-) -> Tensor:
+def ours(config: dict[str, Any], leaves: list[Tensor], ids: Tensor | None, tile: tuple[int, int]) -> Tensor:
     return build_objective(config, World(), tile=tile)(Embeddings(*leaves), sample_ids=ids).total
 
 
@@ -58,7 +62,10 @@ def slow(config: dict[str, Any], leaves: list[Tensor], ids: Tensor | None) -> Te
 
 def with_gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     grads = torch.autograd.grad(loss, leaves, allow_unused=True)
-    return [loss.detach(), *(torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True))]
+    return [
+        loss.detach(),
+        *(torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)),
+    ]
 
 
 def scalar(value: float) -> Tensor:
@@ -92,8 +99,11 @@ def test_any_shape_tile_ids_and_dtype(data: st.DataObject) -> None:
     log_scale = data.draw(st.floats(-1.0, 4.6))
     leaves = [unit(n, dim, 1, dtype), unit(n, dim, 2, dtype), scalar(log_scale), scalar(-1.0)]
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    got, want = with_gradients(ours(config, leaves, ids, tile), leaves), with_gradients(slow(config, exact, ids), exact)
-    # Features of 8 or 11 bits: what is exact is the arithmetic on them, in fp32; gradients come back in their own dtype.
+    got, want = (
+        with_gradients(ours(config, leaves, ids, tile), leaves),
+        with_gradients(slow(config, exact, ids), exact),
+    )
+    # Short features: what is exact is the arithmetic on them, in fp32; gradients come back in their dtype.
     eps = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     arithmetic = eps if dtype == torch.float64 else 2e-4
     scale_of = max(1.0, float(torch.tensor(log_scale).exp()))
@@ -124,12 +134,18 @@ def test_half_precision_features_are_accumulated_in_fp32(dtype: torch.dtype) -> 
         want = with_gradients(ours(config, exact, None, (128, 256)), exact)
         assert abs(float(got[0] - want[0])) <= 3.3e-4
         for k in (1, 2):
-            cosine = torch.nn.functional.cosine_similarity(got[k].double().flatten(), want[k].flatten(), dim=0)
+            cosine = torch.nn.functional.cosine_similarity(
+                got[k].double().flatten(), want[k].flatten(), dim=0
+            )
             assert float(cosine) >= 0.99998
 
 
 def test_autocast_does_not_reach_into_the_loss() -> None:
-    leaves = [unit(50, 16, 1, torch.float32), unit(50, 16, 2, torch.float32), torch.tensor(4.0, requires_grad=True)]
+    leaves = [
+        unit(50, 16, 1, torch.float32),
+        unit(50, 16, 2, torch.float32),
+        torch.tensor(4.0, requires_grad=True),
+    ]
     want = with_gradients(ours({"name": "clip"}, leaves, None, (16, 16)), leaves)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = with_gradients(ours({"name": "clip"}, leaves, None, (16, 16)), leaves)
@@ -148,7 +164,9 @@ def test_anchors_without_negatives_cost_nothing_and_stay_finite(name: str) -> No
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made in its scope that are alive, and remembers the peak and the largest."""
+    """Counts the bytes of all tensors made in its scope that are alive, and remembers the peak and the
+    largest.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +195,9 @@ class LiveBytes(TorchDispatchMode):
         weakref.finalize(storage, gone)
 
 
-@pytest.mark.parametrize("config", [{"name": "clip"}, {"name": "hard_negative", "beta": 0.5}, {"name": "siglip"}])
+@pytest.mark.parametrize(
+    "config", [{"name": "clip"}, {"name": "hard_negative", "beta": 0.5}, {"name": "siglip"}]
+)
 def test_peak_allocation_is_a_few_tiles_and_never_a_matrix_of_pairs(config: dict[str, Any]) -> None:
     n, dim, tile = 2048, 16, (128, 256)
     leaves = [unit(n, dim, 1, torch.float32), unit(n, dim, 2, torch.float32)]

@@ -1,4 +1,6 @@
-"""Corners of the family that others have published: open_clip's losses, torch's cross entropy, the authors' criterion."""
+"""Corners of the family that others have published: open_clip's losses, torch's cross entropy, the authors'
+criterion.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,13 @@ def ours(config: dict[str, Any], inputs: list[Tensor], **more: Any) -> Tensor:
 def assert_same(got: Tensor, want: Tensor, inputs: list[Tensor], tolerance: float = 1e-12) -> None:
     """Value and all gradients."""
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
-    used = [x for x, grad in zip(inputs, torch.autograd.grad(want, inputs, retain_graph=True, allow_unused=True), strict=True) if grad is not None]
+    used = [
+        x
+        for x, grad in zip(
+            inputs, torch.autograd.grad(want, inputs, retain_graph=True, allow_unused=True), strict=True
+        )
+        if grad is not None
+    ]
     for one, other in zip(torch.autograd.grad(got, used), torch.autograd.grad(want, used), strict=True):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
@@ -77,7 +85,9 @@ def test_label_smoothing_is_that_of_torchs_cross_entropy() -> None:
 def authors_criterion(
     out_1: Tensor, out_2: Tensor, *, tau_plus: float, beta: float, temperature: float
 ) -> Tensor:
-    """Robinson et al.'s own code for one tower and two views: github.com/joshr17/HCL, image/main.py, estimator "hard"."""
+    """Robinson et al.'s own code for one tower and two views: github.com/joshr17/HCL, image/main.py,
+    estimator "hard".
+    """
     batch_size = len(out_1)
     out = torch.cat([out_1, out_2], dim=0)
     neg = torch.exp(torch.mm(out, out.t().contiguous()) / temperature)
@@ -143,7 +153,9 @@ def test_image_image_term_is_simclrs() -> None:
 def test_several_captions_average_one_loss_for_each_positive() -> None:
     image, text, scale = unit(4, 1), unit(7, 2), torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     owner = torch.tensor([2, 0, 0, 1, 3, 3, 3])
-    got = build_objective({"name": "clip"}, World(), tile=(2, 3))(Embeddings(image, text, scale, text_owner=owner)).total
+    got = build_objective({"name": "clip"}, World(), tile=(2, 3))(
+        Embeddings(image, text, scale, text_owner=owner)
+    ).total
     logits = scale.exp() * image @ text.T
     image_losses, text_losses = [], []
     for i in range(4):
@@ -159,7 +171,7 @@ def test_several_captions_average_one_loss_for_each_positive() -> None:
 def test_an_image_answers_to_the_ids_of_all_its_captions() -> None:
     image, text, scale = unit(3, 1), unit(5, 2), torch.tensor(2.0, dtype=torch.float64)
     owner = torch.tensor([0, 0, 1, 2, 2])
-    # Caption 1 (of image 0) says the same as caption 3 (of image 2): neither image is the other caption's negative.
+    # Caption 1, of image 0, says what caption 3, of image 2, says: no negatives of the other's image.
     caption_ids = torch.stack([owner + 100, torch.tensor([10, 11, 12, 11, 14])], 1)
     got = build_objective({"name": "clip"}, World(), tile=(2, 2))(
         Embeddings(image, text, scale, text_owner=owner), sample_ids=caption_ids
@@ -170,7 +182,9 @@ def test_an_image_answers_to_the_ids_of_all_its_captions() -> None:
     image_side = []
     for i in range(3):
         others = logits[i][(owner != i) & ~blocked[i]]
-        image_side.append(torch.stack([torch.cat([z[None], others]).logsumexp(0) - z for z in logits[i][owner == i]]).mean())
+        image_side.append(
+            torch.stack([torch.cat([z[None], others]).logsumexp(0) - z for z in logits[i][owner == i]]).mean()
+        )
     text_side = [logits[~blocked[:, j], j].logsumexp(0) - logits[i, j] for j, i in enumerate(owner.tolist())]
     want = 0.5 * (torch.stack(image_side).mean() + torch.stack(text_side).mean())
     torch.testing.assert_close(got.total, want, rtol=1e-12, atol=1e-12)
@@ -179,7 +193,10 @@ def test_an_image_answers_to_the_ids_of_all_its_captions() -> None:
 def test_individual_temperatures_follow_isogclr() -> None:
     """Two steps of the paper's algorithm, by autograd on its own formulas."""
     gamma, rho, lr, tau_0 = 0.6, 3.0, 0.02, 0.2
-    config = {"name": "clip", "individual_temperature": {"gamma": gamma, "rho": rho, "lr": lr, "tau_init": tau_0}}
+    config = {
+        "name": "clip",
+        "individual_temperature": {"gamma": gamma, "rho": rho, "lr": lr, "tau_init": tau_0},
+    }
     objective = build_objective(config, World(), tile=(4, 4))
     index = torch.arange(N) * 3
     u: dict[int, Tensor] = {}
@@ -194,7 +211,11 @@ def test_individual_temperatures_follow_isogclr() -> None:
             g = gap.exp().masked_fill(torch.eye(N, dtype=torch.bool), 0.0).sum(1) / (N - 1)
             u[side] = g.detach() if side not in u else (1 - gamma) * u[side] + gamma * g.detach()
             estimator = (t * g / u[side]).sum()
-            slope = u[side].log() + rho + torch.autograd.grad((t.detach() * g / u[side]).sum(), t, retain_graph=True)[0]
+            slope = (
+                u[side].log()
+                + rho
+                + torch.autograd.grad((t.detach() * g / u[side]).sum(), t, retain_graph=True)[0]
+            )
             new_tau[side] = (tau[side] - lr * slope).clamp(0.01, 1.0)
             surrogate = estimator - estimator.detach() + (tau[side] * (u[side].log() + rho)).sum()
             total = total + surrogate / (2 * N)
@@ -203,14 +224,16 @@ def test_individual_temperatures_follow_isogclr() -> None:
 
 
 def test_mixed_negatives_are_unit_norm_mixtures_of_the_hardest() -> None:
-    """With top_k = 2, count = 0 and one negative pair left, every draw is known but the share; bounds hold for any share."""
+    """With top_k = 2, count = 0 and one negative pair left, every draw is known but the share; bounds hold
+    for any share.
+    """
     config = {"name": "dcl", "mixing": {"top_k": 2, "count": 40, "query_count": 0}}
     image, text, scale = unit(3, 1), unit(3, 2), torch.tensor(1.0, dtype=torch.float64)
     plain = build_objective({"name": "dcl"}, World())(Embeddings(image, text, scale))
     mixed = build_objective(config, World())(Embeddings(image, text, scale))
     again = build_objective(config, World())(Embeddings(image, text, scale))
     assert torch.equal(mixed.total, again.total)
-    # A mixture of two unit vectors is at least as close to the anchor as the farther of the two, and there are 40 of them.
+    # A mixture of two unit vectors is at least as close to the anchor as the farther of the two.
     logits = scale.exp() * image @ text.T
     off = ~torch.eye(3, dtype=torch.bool)
     lowest = [
@@ -228,6 +251,7 @@ def test_mixing_gradient_is_that_of_the_value_with_the_mixtures_held() -> None:
     total = build_objective(config, World(), tile=(2, 4))(Embeddings(image, text, scale)).total
     (grad,) = torch.autograd.grad(total, scale)
     values = [
-        build_objective(config, World())(Embeddings(image, text, scale.detach() + step)).total for step in (1e-5, -1e-5)
+        build_objective(config, World())(Embeddings(image, text, scale.detach() + step)).total
+        for step in (1e-5, -1e-5)
     ]
     assert float(grad) == pytest.approx((values[0].item() - values[1].item()) / 2e-5, rel=1e-7)

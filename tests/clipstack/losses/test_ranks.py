@@ -37,15 +37,21 @@ def share_of(tensor: Tensor, world: World) -> Tensor:
     return tensor.chunk(world.size)[world.rank]
 
 
-def towers_and_batch(captions: int, world: World, seed: int) -> tuple[dict[str, Tensor], Embeddings, Tensor, Tensor]:
-    """(parameters, this rank's embeddings, sample ids, sample index) of a toy pair of towers on a share of a fixed batch."""
+def towers_and_batch(
+    captions: int, world: World, seed: int
+) -> tuple[dict[str, Tensor], Embeddings, Tensor, Tensor]:
+    """(parameters, this rank's embeddings, sample ids, sample index) of a toy pair of towers on a share of a
+    fixed batch.
+    """
     torch.manual_seed(0)
     towers = {side: torch.nn.Linear(D, D, dtype=torch.float64) for side in ("image", "text")}
     parameters = {f"{side}.{key}": p for side, tower in towers.items() for key, p in tower.named_parameters()}
     for name, value in (("logit_scale", 2.0), ("logit_bias", -3.0)):
         parameters[name] = torch.tensor(value, dtype=torch.float64, requires_grad=True)
     generator = torch.Generator().manual_seed(seed)
-    image, view, text = (torch.randn(n, D, generator=generator, dtype=torch.float64) for n in (N, N, N * captions))
+    image, view, text = (
+        torch.randn(n, D, generator=generator, dtype=torch.float64) for n in (N, N, N * captions)
+    )
     ids = torch.stack([torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 3]), torch.arange(100, 100 + N)], 1)
     features = {
         side: normalize(towers[tower](share_of(x, world)), dim=1)
@@ -53,7 +59,12 @@ def towers_and_batch(captions: int, world: World, seed: int) -> tuple[dict[str, 
     }
     owner = None if captions == 1 else torch.arange(N // world.size).repeat_interleave(captions)
     embeddings = Embeddings(
-        features["image"], features["text"], parameters["logit_scale"], parameters["logit_bias"], features["view"], owner
+        features["image"],
+        features["text"],
+        parameters["logit_scale"],
+        parameters["logit_bias"],
+        features["view"],
+        owner,
     )
     return parameters, embeddings, share_of(ids, world), share_of(torch.arange(N), world)
 

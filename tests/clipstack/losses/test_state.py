@@ -1,4 +1,6 @@
-"""What an objective remembers goes through a checkpoint: the steps after a resume are those of the uninterrupted run."""
+"""What an objective remembers goes through a checkpoint: the steps after a resume are those of the
+uninterrupted run.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,15 @@ CONFIGS: list[dict[str, Any]] = [
 def step(objective: Objective, number: int, world: World) -> Tensor:
     generator = torch.Generator().manual_seed(number)
     image, text = (
-        normalize(torch.randn(N, 4, generator=generator, dtype=torch.float64), dim=1).chunk(world.size)[world.rank] for _ in "uv"
+        normalize(torch.randn(N, 4, generator=generator, dtype=torch.float64), dim=1).chunk(world.size)[
+            world.rank
+        ]
+        for _ in "uv"
     )
     ids = torch.randperm(20, generator=generator)[:N].chunk(world.size)[world.rank]
-    out = objective(Embeddings(image, text, torch.tensor(2.0, dtype=torch.float64)), sample_ids=ids, sample_index=ids)
+    out = objective(
+        Embeddings(image, text, torch.tensor(2.0, dtype=torch.float64)), sample_ids=ids, sample_index=ids
+    )
     return world.mean(out.total)
 
 
@@ -53,7 +60,9 @@ def test_a_resumed_objective_goes_on_bit_for_bit(config: dict[str, Any]) -> None
         assert torch.equal(step(resumed, number, World()), step(whole, number, World()))
 
 
-def resume_on_rank(world: World, config: dict[str, Any], state: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:
+def resume_on_rank(
+    world: World, config: dict[str, Any], state: dict[str, Any]
+) -> tuple[list[Tensor], dict[str, Any]]:
     objective = build_objective(config, world)
     objective.load_state_dict(state)
     losses = [step(objective, number, world) for number in range(3, 6)]
@@ -61,7 +70,9 @@ def resume_on_rank(world: World, config: dict[str, Any], state: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("config", CONFIGS[:3], ids=str)
-def test_state_of_one_process_is_good_for_two_and_the_same_on_both(config: dict[str, Any], tmp_path: Path) -> None:
+def test_state_of_one_process_is_good_for_two_and_the_same_on_both(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
     whole = build_objective(config, World())
     for number in range(3):
         step(whole, number, World())
@@ -93,7 +104,9 @@ def test_a_queue_holds_the_newest_pairs() -> None:
 
 def test_a_sample_that_comes_twice_in_a_step_is_taken_once() -> None:
     objective = build_objective({"name": "clip", "individual_temperature": {"gamma": 1.0}}, World())
-    image = normalize(torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), dim=1)
+    image = normalize(
+        torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), dim=1
+    )
     index = torch.tensor([5, 2, 5, 0])
     objective(Embeddings(image, image.roll(1, 0), torch.tensor(1.0, dtype=torch.float64)), sample_index=index)
     log_u = objective.state_dict()["log_u"]

@@ -1,4 +1,6 @@
-"""The Triton kernels against the torch tiles: in Triton's interpreter where triton is installed, on a GPU where there is one."""
+"""The Triton kernels against the torch tiles: in Triton's interpreter where triton is installed, on a GPU
+where there is one.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +34,14 @@ def gaps(device: str, dtype: torch.dtype, n: int, dim: int) -> list[float]:
         for triton in (False, True):
             generator = torch.Generator().manual_seed(0)
             image, text = (
-                normalize(torch.randn(n, dim, generator=generator), dim=1).to(device, dtype).requires_grad_() for _ in range(2)
+                normalize(torch.randn(n, dim, generator=generator), dim=1).to(device, dtype).requires_grad_()
+                for _ in range(2)
             )
             ids = (torch.arange(n, device=device) * 7 % (n - 3))[:, None]
             scale = torch.tensor(3.5, device=device, requires_grad=True)
-            objective = build_objective(config, World(device=torch.device(device)), tile=(160, 96), triton=triton)
+            objective = build_objective(
+                config, World(device=torch.device(device)), tile=(160, 96), triton=triton
+            )
             total = objective(Embeddings(image, text, scale), sample_ids=ids).total
             total.backward()
             results.append([total, image.grad, text.grad, scale.grad])
@@ -48,7 +53,10 @@ def gaps(device: str, dtype: torch.dtype, n: int, dim: int) -> list[float]:
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_kernels_equal_the_torch_tiles_in_the_interpreter() -> None:
     # In a process of its own: triton decides when it is imported whether it interprets.
-    code = "import runpy; m = runpy.run_path(%r); print(max(m['gaps']('cpu', m['torch'].float32, 200, 40)))" % __file__
+    code = (
+        f"import runpy; module = runpy.run_path({__file__!r}); "
+        "print(max(module['gaps']('cpu', module['torch'].float32, 200, 40)))"
+    )
     root = str(Path(__file__).resolve().parents[3])
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([root, *sys.path])}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
