@@ -47,9 +47,9 @@ def main() -> None:
         return
     sizes = args.sizes or ([4096, 8192, 16384] if args.device == "cpu" else [32768, 65536, 131072])
     results = [result for size in sizes for result in compare(size, args)]
-    print(table(results))
     if args.json:
         args.json.write_text(json.dumps({"machine": machine(args), "results": results}, indent=1) + "\n")
+    print(table(results))
 
 
 def compare(size: int, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -73,20 +73,22 @@ def compare(size: int, args: argparse.Namespace) -> list[dict[str, Any]]:
 def table(results: list[dict[str, Any]]) -> str:
     """Medians with their spread, and their ratio to those of the peer and of our clip at the same N."""
     lines = [
-        "| N | loss | wall s (least-most) | x ClipLoss | x our clip | added GiB (least-most) | x ClipLoss |",
+        "| N | loss | wall s (least-most) | x peer | x our clip | CPU s, x peer | added GiB, x peer |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     medians = {
-        (r["n"], r["contestant"], key): median(r, key) for r in results for key in ("wall_s", "added_bytes")
+        (r["n"], r["contestant"], key): median(r, key)
+        for r in results
+        for key in ("wall_s", "cpu_s", "added_bytes")
     }
     for result in results:
         n, name = result["n"], result["contestant"]
-        wall, added = (medians[n, name, key] for key in ("wall_s", "added_bytes"))
+        wall, cpu, added = (medians[n, name, key] for key in ("wall_s", "cpu_s", "added_bytes"))
         lines.append(
             f"| {n} | {name} | {wall:.2f} ({spread(result, 'wall_s', 1)}) "
             f"| {wall / medians[n, PEER, 'wall_s']:.2f} | {wall / medians[n, 'clip', 'wall_s']:.2f} "
-            f"| {added / 2**30:.3f} ({spread(result, 'added_bytes', 2**30)}) "
-            f"| {added / medians[n, PEER, 'added_bytes']:.3f} |"
+            f"| {cpu:.2f}, {cpu / medians[n, PEER, 'cpu_s']:.2f} "
+            f"| {added / 2**30:.3f}, {added / medians[n, PEER, 'added_bytes']:.3f} |"
         )
     return "\n".join(lines)
 
@@ -166,11 +168,11 @@ def features(size: int, args: argparse.Namespace, step: Any) -> dict[str, float]
     logit_scale = torch.tensor(2.6592600369, device=args.device, requires_grad=True)
     memory = CudaMemory() if args.device == "cuda" else ProcessMemory()
     memory.start()
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     step(image, text, logit_scale).backward()
     memory.synchronize()
-    wall = time.perf_counter() - start
-    result = {"wall_s": wall, "added_bytes": memory.added_bytes()}
+    wall, cpu = time.perf_counter() - start, time.process_time() - cpu_start
+    result = {"wall_s": wall, "cpu_s": cpu, "added_bytes": memory.added_bytes()}
     if args.device == "cuda":
         result["share_of_matmul_rate"] = 8 * size**2 * args.dim / wall / matmul_rate(size, args.dim)
     return result
