@@ -1,3 +1,4 @@
-"""clipstack: pretrain, evaluate and export CLIP-style models. Importing it stays light: no torch until asked."""
+"""clipstack: pretrain, evaluate and export CLIP-style models. Importing it stays light: no torch until
+asked."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,5 @@
-"""The `clipstack` command: finds the subcommand and hands over. Nothing heavy is imported before it is known."""
+"""The `clipstack` command: finds the subcommand and hands over. Nothing heavy is imported before it is
+known."""
 
 from __future__ import annotations
 

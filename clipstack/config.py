@@ -1,6 +1,7 @@
 """Every recipe model, and how a recipe file plus overrides becomes one. Imports no torch.
 
-A recipe is TOML. Overrides are `a.b=value`; the value is read as TOML, and as a plain string where it is not TOML.
+A recipe is TOML. Overrides are `a.b=value`; the value is read as TOML, and as a plain string where it is not
+TOML.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ class SourceConfig(Frozen):
 
 class DataConfig(Frozen):
     train: str | tuple[str, ...] | tuple[SourceConfig, ...]
-    """Training shards: a file, folder, brace pattern, glob or URL; a list of them; or a list of {path, weight}."""
+    """Training shards: a file, folder, brace pattern, glob or URL; a list of them; or a list of {path,
+    weight}."""
     val: str | tuple[str, ...] | None = None
     """Validation shards, in the same forms."""
     workers: int = Field(default=2, ge=0)
@@ -125,7 +127,8 @@ class DataConfig(Frozen):
     allow_pipe: bool = False
     """Allow `pipe:` sources, which run a shell command."""
     cache_dir: Path | None = None
-    """Folder for indexes of read-only sources and for shards of remote ones; none: the user's cache folder."""
+    """Folder for indexes of read-only sources and for shards of remote ones; none: the user's cache
+    folder."""
     cache_size_gb: float = Field(default=50.0, gt=0)
     """Room for cached shards of remote sources, in GB (10^9 bytes)."""
     removals: Path | None = None
@@ -145,6 +148,8 @@ class TrainConfig(Frozen):
     """bf16 is autocast with fp32 parameters; auto takes bf16 where it is measured to be faster."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What DeepSpeed shards: nothing, optimizer state, + gradients, + parameters."""
+    collective_timeout_s: float = Field(default=600.0, gt=0)
+    """How long a rank waits for the others, in seconds, before it ends with an error."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Decay of an exponential moving average of the weights, exported beside the model; none: off."""
 
@@ -187,7 +192,8 @@ class EvalConfig(Frozen):
     every_steps: int | None = Field(default=None, gt=0)
     """Validate each time this many steps are done, and at the end; none: only at the end."""
     classnames: Path | None = None
-    """File of class names, one a line; none: `classnames.txt` beside the validation shards, if there is one."""
+    """File of class names, one a line; none: `classnames.txt` beside the validation shards, if there is
+    one."""
     templates: str = "simple"
     """Prompt templates: a named set or a file with one template a line."""
     batch_size: int = Field(default=128, gt=0)
@@ -289,7 +295,8 @@ def _set_in(table: dict[str, Any], parts: Sequence[str], value: Any, key: str) -
 
 
 def describe(error: ValidationError, root: type[BaseModel], *, prefix: str = "") -> str:
-    """A validation error as one line: key, value, what is wrong, and the nearest right key where one is unknown."""
+    """A validation error as one line: key, value, what is wrong, and the nearest right key where one is
+    unknown."""
     return "; ".join(_describe_one(detail, root, prefix) for detail in error.errors(include_url=False))
 
 
@@ -330,13 +337,14 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def help_config() -> str:
-    """Every key of a recipe with its default, unit and meaning, as `clipstack train --help-config` prints it."""
+    """Every key of a recipe with its default, unit and meaning, as `clipstack train --help-config` prints
+    it."""
     lines: dict[str, str] = {}
     for key, info in walk_fields(Recipe):
         if any(True for _ in _models_in(info.annotation)) and key != "data.train":
             continue
         default = "(required)" if info.is_required() else f"= {info.default!r}"
-        lines.setdefault(f"{key} {default}", info.description or "")
+        lines.setdefault(f"{key} {default}", " ".join((info.description or "").split()))
     return "\n".join(f"{head}\n    {meaning}" for head, meaning in lines.items())
 
 

@@ -53,11 +53,12 @@ def run(args: argparse.Namespace) -> int:
 
     _say(
         2,
-        f"Training a ViT and a text transformer from scratch with DeepSpeed on {args.ranks} processes of this CPU",
+        f"Training a ViT and a text transformer from scratch, DeepSpeed on {args.ranks} processes of this CPU",
     )
     _say(
         0,
-        f"{recipe.train.steps:,} steps of {recipe.train.batch_size} pairs; some minutes. Interrupt it and run the same command to go on.",
+        f"{recipe.train.steps:,} steps of {recipe.train.batch_size} pairs: some minutes. Interrupt it whenever you like: "
+        "the same command goes on from there.",
     )
     started = time.monotonic()
     code = _train(config, overrides, args.ranks)
@@ -152,7 +153,8 @@ def _encode_texts(loaded: LoadedModel, texts: Sequence[str]) -> dict[str, Tensor
 
 
 def _encode_images(loaded: LoadedModel, shards: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """key -> (D,) unit-norm, and key -> (3, H, W) uint8. Keys as the probe files write them, without the shard."""
+    """key -> (D,) unit-norm, and key -> (3, H, W) uint8. Keys as the probe files write them, without the
+    shard."""
     from clipstack.config import DataConfig
     from clipstack.loader import EvalLoader, ShardSamples
     from clipstack.world import World
@@ -220,7 +222,7 @@ def _next_steps(run_dir: Path, data: Path) -> str:
    What to try next
      serve it:            clipstack serve --model {run_dir}
      ask it:              curl http://127.0.0.1:8000/v1/classify -H 'Content-Type: application/json' \\
-                            -d '{{"inputs": [{{"text": "a large red star"}}], "labels": ["red star", "blue ring"]}}'
+                            -d '{{"inputs": ["a large red star"], "labels": ["red star", "blue ring"]}}'
      evaluate it again:   clipstack eval --model {run_dir} --data '{data}/val-*.tar' --task zeroshot
      look at the data:    clipstack data stats {data}
      your own pictures:   clipstack data build --help"""

@@ -55,17 +55,18 @@ def write_page(path: Path, run_dir: Path, examined: Examined, recipe: Recipe, *,
         line_chart("Learning rate", {"lr": [(m["step"], m["lr"]) for m in metrics]}),
         line_chart("Samples a second", {"samples/s": [(m["step"], m["samples_per_s"]) for m in metrics]}),
     ]
+    rows = "".join(_row(name, score) for name, score in examined.scores.items())
     body = [
         "<h1>A CLIP model, trained here just now</h1>",
         f'<p class="soft">{_what_was_done(recipe, minutes)}</p>',
         "<h2>What it knows</h2>",
-        "<p>Every question is about pictures whose pair of colour and shape never met in training, images and captions "
+        "<p>Every question is about pictures whose colour and shape never met in training, in images or captions "
         "alike. The mark in each bar is what guessing would reach.</p>",
-        f'<div class="scroll"><table>{"".join(_row(*item) for item in examined.scores.items())}</table></div>',
+        f'<div class="scroll"><table>{rows}</table></div>',
         f"<p>{_verdict(examined.scores)}</p>",
         "<h2>Which caption it picks</h2>",
         f"<p>Each picture below searches all {examined.num_captions:,} captions of the test set.</p>",
-        f'<div class="grid">{"".join(_example(e.image_png, e.chosen, e.true) for e in examined.examples)}</div>',
+        f'<div class="grid">{"".join(map(_example, examined.examples))}</div>',
         "<h2>How it learned</h2>",
         f'<div class="grid wide">{"".join(charts)}</div>',
         "<h2>What to try next</h2>",
@@ -81,8 +82,9 @@ def _what_was_done(recipe: Recipe, minutes: float) -> str:
     samples = recipe.train.steps * recipe.train.batch_size
     took = f" in {minutes:.1f} minutes" if minutes > 0.1 else ""
     return (
-        f"A vision transformer and a text transformer, from random weights, on {samples:,} drawn pictures with captions"
-        f"{took}: {recipe.train.steps:,} steps of {recipe.train.batch_size}, objective {recipe.objective.name}."
+        f"A vision transformer and a text transformer, from random weights, on {samples:,} drawn pictures with "
+        f"captions{took}: {recipe.train.steps:,} steps of {recipe.train.batch_size}, "
+        f"objective {recipe.objective.name}."
     )
 
 
@@ -112,11 +114,12 @@ def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _example(png: bytes, chosen: str, true: str) -> str:
+def _example(example: Example) -> str:
+    chosen, true = example.chosen, example.true
     if chosen == true:
         words = f'<span class="right">✓ {escape(chosen)}</span>'
     else:
         words = (
             f'<span class="wrong">✗ {escape(chosen)}</span><br><span class="soft">true: {escape(true)}</span>'
         )
-    return f'<div class="card">{picture(png, true)}<div>{words}</div></div>'
+    return f'<div class="card">{picture(example.image_png, true)}<div>{words}</div></div>'

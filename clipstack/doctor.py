@@ -70,8 +70,6 @@ def _line(finding: Finding) -> str:
 
 def _python() -> Finding:
     version = platform.python_version()
-    if sys.version_info < (3, 11):
-        return Finding("Python", BROKEN, f"{version} is too old", "install Python 3.11 or newer")
     return Finding("Python", OK, f"{version} on {platform.system()} {platform.machine()}")
 
 

@@ -1,4 +1,5 @@
-"""open_clip's towers behind one `forward(images, tokens) -> Embeddings`, and the record that rebuilds them."""
+"""open_clip's towers behind one `forward(images, tokens) -> Embeddings`, and the record that rebuilds
+them."""
 
 from __future__ import annotations
 
@@ -50,8 +51,8 @@ class ClipModel(nn.Module):
     """Paired encoders on the unit sphere with a learned, bounded temperature.
 
     `towers` is open_clip's own CLIP or CustomTextCLIP, its logit_scale of shape (1,): DeepSpeed's ZeRO stages
-    cannot flatten a scalar. `max_logit_scale` bounds the log scale in the forward pass, because ZeRO undoes a clamp
-    of the parameter itself.
+    cannot flatten a scalar. `max_logit_scale` bounds the log scale in the forward pass, because ZeRO undoes a
+    clamp of the parameter itself.
     """
 
     def __init__(self, towers: nn.Module, record: ModelRecord, *, max_logit_scale: float) -> None:
@@ -62,7 +63,8 @@ class ClipModel(nn.Module):
         self._text_can_be_trimmed = _is_causal_and_pooled_at_end(towers)
 
     def forward(self, images: Tensor | None, tokens: Tensor | None) -> Embeddings:
-        """images: (B, 3, H, W) normalised; tokens: (B, L) int64, L <= context_length. One of them may be None.
+        """images: (B, 3, H, W) normalised; tokens: (B, L) int64, L <= context_length. One of them may be
+        None.
 
         ZeRO stage 3 gathers parameters only for calls that come through here.
         """
@@ -86,8 +88,8 @@ class ClipModel(nn.Module):
     def trim_tokens(self, tokens: Tensor) -> Tensor:
         """(N, context_length) -> (N, L): the columns after the last end-of-text token cut off.
 
-        Exact: in a causal tower pooled at the end-of-text token no later position is ever read. Other towers get
-        their tokens back whole. Call it before tokens go to the device, since it reads them.
+        Exact: in a causal tower pooled at the end-of-text token no later position is ever read. Other towers
+        get their tokens back whole. Call it before tokens go to the device, since it reads them.
         """
         if not self._text_can_be_trimmed or len(tokens) == 0:
             return tokens
@@ -104,7 +106,8 @@ class ClipModel(nn.Module):
 
 
 class _BoundFromAbove(torch.autograd.Function):
-    """min(x, bound), whose gradient still reaches an x above the bound where a descent step would lower it."""
+    """min(x, bound), whose gradient still reaches an x above the bound where a descent step would lower
+    it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
@@ -173,7 +176,8 @@ def build_model(
 
 
 def make_record(config: ModelConfig) -> ModelRecord:
-    """The open_clip tables of a model config. Raises ConfigError, with the nearest name, for an unknown one."""
+    """The open_clip tables of a model config. Raises ConfigError, with the nearest name, for an unknown
+    one."""
     if config.name is None:
         tables = {"embed_dim": config.embed_dim, "vision_cfg": config.vision_cfg, "text_cfg": config.text_cfg}
         return record_of_tables({**tables, "quick_gelu": True} if config.quick_gelu else tables)
@@ -182,7 +186,8 @@ def make_record(config: ModelConfig) -> ModelRecord:
 
 
 def named_tables(name: str, *, key: str) -> dict[str, Any]:
-    """open_clip's config of an architecture name. Raises ConfigError, with the nearest name, for an unknown one."""
+    """open_clip's config of an architecture name. Raises ConfigError, with the nearest name, for an unknown
+    one."""
     tables = open_clip.get_model_config(name.replace("/", "-"))
     if tables is None:
         near = difflib.get_close_matches(name, open_clip.list_models(), n=1, cutoff=0.3)
@@ -213,7 +218,8 @@ def record_of_tables(
 def build_towers(
     record: ModelRecord, *, init_logit_scale: float | None = None, init_logit_bias: float | None = None
 ) -> nn.Module:
-    """open_clip's module with random weights from the global torch generator. Raises ConfigError for bad tables."""
+    """open_clip's module with random weights from the global torch generator. Raises ConfigError for bad
+    tables."""
     tables = {key: value for key, value in record.model_cfg.items() if key != "custom_text"}
     text = dict(tables["text_cfg"])
     if "hf_model_name" in text:
@@ -233,7 +239,8 @@ def build_towers(
 
 
 def open_clip_weights(towers: nn.Module) -> dict[str, Tensor]:
-    """The towers' state as plain open_clip stores it: contiguous CPU tensors, logit_scale and logit_bias scalars."""
+    """The towers' state as plain open_clip stores it: contiguous CPU tensors, logit_scale and logit_bias
+    scalars."""
     return {name: plain_weight(name, tensor) for name, tensor in towers.state_dict().items()}
 
 
@@ -249,7 +256,8 @@ def load_open_clip_weights(towers: nn.Module, weights: Mapping[str, Tensor], *, 
     missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or unknown:
         raise CheckpointError(
-            f"{source}: weights do not fit the model; missing {missing[:3]}, unknown {unknown[:3]}: is it another architecture?"
+            f"{source}: weights do not fit the model; missing {missing[:3]}, unknown {unknown[:3]}: "
+            "is it another architecture?"
         )
     shaped = {
         name: weights[name].reshape(own[name].shape) if weights[name].numel() == 1 else weights[name]
@@ -258,8 +266,8 @@ def load_open_clip_weights(towers: nn.Module, weights: Mapping[str, Tensor], *, 
     for name, tensor in shaped.items():
         if tensor.shape != own[name].shape:
             raise CheckpointError(
-                f"{source}: {name} has shape {tuple(tensor.shape)}, the model wants {tuple(own[name].shape)}: "
-                "is it another architecture, image size or context length?"
+                f"{source}: {name} has shape {tuple(tensor.shape)}, "
+                f"the model wants {tuple(own[name].shape)}: is it another architecture, image size or context length?"
             )
     towers.load_state_dict(shaped)
 
@@ -284,17 +292,20 @@ def _pretrained(config: ModelConfig, record: ModelRecord) -> tuple[ModelRecord, 
 
 
 def named_pretrained(name: str, pretrained: str) -> nn.Module:
-    """open_clip's model of an architecture with a tag or a weights file. Raises ConfigError for an unknown one."""
+    """open_clip's model of an architecture with a tag or a weights file. Raises ConfigError for an unknown
+    one."""
     tags = open_clip.list_pretrained_tags_by_model(name)
     if not Path(pretrained).is_file() and pretrained not in tags:
         raise ConfigError(
-            f"pretrained = {pretrained!r}: no such file and no tag of {name}; its tags: {', '.join(tags) or 'none'}"
+            f"pretrained = {pretrained!r}: no such file and no tag of {name}; "
+            f"its tags: {', '.join(tags) or 'none'}"
         )
     return cast(nn.Module, open_clip.create_model(name, pretrained=pretrained))
 
 
 def _lock_text(towers: nn.Module) -> None:
-    """Freeze the whole text tower, embeddings and projection too; open_clip's own lock needs a Hugging Face tower."""
+    """Freeze the whole text tower, embeddings and projection too; open_clip's own lock needs a Hugging Face
+    tower."""
     for name, parameter in towers.named_parameters():
         if not name.startswith("visual.") and name not in ("logit_scale", "logit_bias"):
             parameter.requires_grad_(False)

@@ -1,4 +1,5 @@
-"""The shell of our HTML pages and the few drawings on them: one file each, no scripts, nothing from the network."""
+"""The shell of our HTML pages and the few drawings on them: one file each, no scripts, nothing from the
+network."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 30
 STYLE = """
 :root { --ink: #1c2430; --soft: #5b6675; --line: #dde2e8; --paper: #fff; --back: #f5f7f9;
   --a: #2f6fbf; --b: #c0562f; --c: #2e8b57; --d: #8e44ad; --e: #b8860b; --f: #5f6b7a; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #9aa6b5; --line: #333c48; --paper: #1a2029;
+@media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #9aa6b5; --line: #333c48; --paper:
+#1a2029;
   --back: #12161c; --a: #7aa7e0; --b: #e08a6a; --c: #6fc596; --d: #c08ad8; --e: #d9b04c; --f: #9aa6b5; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
@@ -27,8 +29,8 @@ p { max-width: 70ch; }
 .soft { color: var(--soft); }
 .grid { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
 .wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); }
-.card { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 12px; min-width: 0; }
-.card img { width: 100%; image-rendering: pixelated; border-radius: 4px; display: block; }
+.card { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 12px; min-width:
+0; } .card img { width: 100%; image-rendering: pixelated; border-radius: 4px; display: block; }
 .scroll { overflow-x: auto; }
 .right { color: var(--c); } .wrong { color: var(--b); }
 table { border-collapse: collapse; font-size: 14px; }
@@ -56,7 +58,8 @@ def picture(png: bytes, alt: str) -> str:
 
 
 def line_chart(title: str, series: Mapping[str, Points], *, x_label: str = "step") -> str:
-    """Lines over a common x axis, with a legend where there are several. Values that are not finite leave gaps."""
+    """Lines over a common x axis, with a legend where there are several. Values that are not finite leave
+    gaps."""
     finite = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
     xs = [x for points in finite.values() for x, _ in points]
     ys = [y for points in finite.values() for _, y in points]
@@ -92,7 +95,8 @@ def line_chart(title: str, series: Mapping[str, Points], *, x_label: str = "step
             for i, name in enumerate(finite)
         )
     )
-    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title, quote=True)}">{"".join(parts)}</svg>'
+    label = escape(title, quote=True)
+    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
     return f'<div class="card"><b>{escape(title)}</b>{svg}<div class="soft">{legend}</div></div>'
 
 
@@ -121,6 +125,7 @@ def bar(share: float, mark: float | None = None, *, width: int = 220) -> str:
         else f'<line x1="{mark * width:.1f}" x2="{mark * width:.1f}" y1="0" y2="14" stroke="var(--ink)"/>'
     )
     return (
-        f'<svg viewBox="0 0 {width} 14" style="width:{width}px"><rect width="{width}" height="14" fill="var(--line)" rx="3"/>'
+        f'<svg viewBox="0 0 {width} 14" style="width:{width}px">'
+        f'<rect width="{width}" height="14" fill="var(--line)" rx="3"/>'
         f'<rect width="{share * width:.1f}" height="14" fill="var(--a)" rx="3"/>{line}</svg>'
     )

@@ -1,7 +1,9 @@
-"""Lets a CUDA build of torchvision be imported beside a CPU-only torch. Import this before open_clip, timm or torchvision.
+"""Lets a CUDA build of torchvision be imported beside a CPU-only torch. Import this before open_clip, timm or
+torchvision.
 
-The registry's torchvision wheel is a CUDA build whose compiled operators cannot load without CUDA's libraries. Its import
-then fails on two operators that nothing here calls; declaring them is enough. Where they load, nothing is done.
+The registry's torchvision wheel is a CUDA build whose compiled operators cannot load without CUDA's
+libraries. Its import then fails on two operators that nothing here calls; declaring them is enough. Where
+they load, nothing is done.
 """
 
 import importlib.util

@@ -20,7 +20,8 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 @dataclass(frozen=True)
 class World:
-    """One process among `size`. With size 1 no process group is needed and every collective is the identity."""
+    """One process among `size`. With size 1 no process group is needed and every collective is the
+    identity."""
 
     rank: int = 0
     size: int = 1
@@ -32,7 +33,8 @@ class World:
         return self.rank == 0
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """(B, ...) on each rank -> (size * B, ...) on all, in rank order. No gradient. Equal shapes on all ranks. Collective."""
+        """(B, ...) on each rank -> (size * B, ...) on all, in rank order. No gradient. Equal shapes on all
+        ranks. Collective."""
         if self.size == 1:
             return tensor
         tensor = tensor.contiguous()
@@ -65,7 +67,8 @@ class World:
         return cast(list[T], out)
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0, on every rank; a ClipstackError that it raises there is raised on every rank.
+        """What `make` returns on rank 0, on every rank; a ClipstackError that it raises there is raised on
+        every rank.
 
         For work that one process does (reading a folder, writing a file) and all must agree on. Collective.
         """

@@ -1,1 +1,2 @@
-"""Shards: build, index, order, stream, check. Imports nothing of clipstack and, outside `shapes`, no torch."""
+"""Shards: build, index, order, stream, check. Imports nothing of clipstack and, outside `shapes`, no
+torch."""
