@@ -23,16 +23,16 @@ def _compiled_operators_load() -> bool:
         return True  # no torchvision: its own import error is the clearest message
     try:
         for library in Path(spec.origin).parent.glob("_C*.so"):
-            torch.ops.load_library(library)
+            torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     except OSError:
         return False
     return True
 
 
 def _declare_operators() -> torch.library.Library:
-    library = torch.library.Library("torchvision", "DEF")
+    library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
     for signature in _SIGNATURES:
-        library.define(signature)
+        library.define(signature)  # type: ignore[no-untyped-call]
     return library
 
 
