@@ -64,7 +64,7 @@ def run(config: dict[str, Any], logit_scale: float) -> tuple[LossOutput, Tensor]
 
 
 def draw_weights(axes: Axes) -> None:
-    """How hard one anchor is pushed from a negative, by its cosine: the gradient of the loss by that cosine."""
+    """How hard one anchor is pushed from a negative: the gradient of its loss by the negative's cosine."""
     cosines = torch.linspace(-0.3, 0.6, 91, dtype=torch.float64)
     curves = {
         "clip": {"name": "clip"},

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from clipstack.errors import ConfigError
 from clipstack.losses import build_objective
-from clipstack.objective_config import HardNegativeObjective, parse_objective
+from clipstack.objective_config import OBJECTIVES, HardNegativeObjective, parse_objective
 from clipstack.world import World
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -76,6 +79,25 @@ def test_true_asks_for_a_terms_defaults() -> None:
 def test_configs_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         HardNegativeObjective().beta = 1.0  # type: ignore[misc]
+
+
+DOCS = (Path(__file__).resolve().parents[3] / "docs" / "objectives.md").read_text(encoding="utf-8")
+
+
+def test_every_table_and_program_of_the_docs_works(capsys: pytest.CaptureFixture[str]) -> None:
+    tables = re.findall(r"```toml\n(.*?)```", DOCS, re.DOTALL)
+    assert len(tables) >= 4
+    for table in tables:
+        build_objective(tomllib.loads(table)["objective"], World())
+    (program,) = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
+    exec(program, {})
+    assert "clip_loss" in capsys.readouterr().out
+
+
+def test_the_docs_name_every_option() -> None:
+    for model in OBJECTIVES:
+        for option in model.model_fields:
+            assert f"`{option}`" in DOCS or option == "name", option
 
 
 def test_reading_a_config_imports_no_torch() -> None:
