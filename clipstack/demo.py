@@ -53,12 +53,12 @@ def run(args: argparse.Namespace) -> int:
 
     _say(
         2,
-        f"Training a ViT and a text transformer from scratch, DeepSpeed on {args.ranks} processes of this CPU",
+        f"Training a ViT and a text transformer from scratch: DeepSpeed, {args.ranks} processes, this CPU",
     )
     _say(
         0,
-        f"{recipe.train.steps:,} steps of {recipe.train.batch_size} pairs: some minutes. Interrupt it whenever you like: "
-        "the same command goes on from there.",
+        f"{recipe.train.steps:,} steps of {recipe.train.batch_size} pairs: some minutes. "
+        "Interrupt it whenever you like: the same command goes on from there.",
     )
     started = time.monotonic()
     code = _train(config, overrides, args.ranks)

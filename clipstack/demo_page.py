@@ -60,8 +60,8 @@ def write_page(path: Path, run_dir: Path, examined: Examined, recipe: Recipe, *,
         "<h1>A CLIP model, trained here just now</h1>",
         f'<p class="soft">{_what_was_done(recipe, minutes)}</p>',
         "<h2>What it knows</h2>",
-        "<p>Every question is about pictures whose colour and shape never met in training, in images or captions "
-        "alike. The mark in each bar is what guessing would reach.</p>",
+        "<p>Every question is about pictures whose colour and shape never met in training, in images or "
+        "captions. The mark in each bar is what guessing would reach.</p>",
         f'<div class="scroll"><table>{rows}</table></div>',
         f"<p>{_verdict(examined.scores)}</p>",
         "<h2>Which caption it picks</h2>",
@@ -82,8 +82,8 @@ def _what_was_done(recipe: Recipe, minutes: float) -> str:
     samples = recipe.train.steps * recipe.train.batch_size
     took = f" in {minutes:.1f} minutes" if minutes > 0.1 else ""
     return (
-        f"A vision transformer and a text transformer, from random weights, on {samples:,} drawn pictures with "
-        f"captions{took}: {recipe.train.steps:,} steps of {recipe.train.batch_size}, "
+        f"A vision transformer and a text transformer, from random weights, on {samples:,} drawn pictures "
+        f"with captions{took}: {recipe.train.steps:,} steps of {recipe.train.batch_size}, "
         f"objective {recipe.objective.name}."
     )
 

@@ -267,7 +267,7 @@ def load_open_clip_weights(towers: nn.Module, weights: Mapping[str, Tensor], *, 
         if tensor.shape != own[name].shape:
             raise CheckpointError(
                 f"{source}: {name} has shape {tuple(tensor.shape)}, "
-                f"the model wants {tuple(own[name].shape)}: is it another architecture, image size or context length?"
+                f"the model wants {tuple(own[name].shape)}: is it another architecture or image size?"
             )
     towers.load_state_dict(shaped)
 

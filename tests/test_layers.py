@@ -1,4 +1,5 @@
-"""Who may import whom: read from the sources, so that a wrong import fails here and not in a user's small install."""
+"""Who may import whom: read from the sources, so that a wrong import fails here and not in a user's small
+install."""
 
 import ast
 from pathlib import Path
@@ -14,7 +15,18 @@ LAYERS = (
     {"config", "world"},
     {"losses", "model", "preprocess", "templates"},
     {"checkpoint", "loader", "engine", "zero_shot", "retrieval", "reporting", "features", "eval_data"},
-    {"trainer", "evaluate", "run_folder", "dry_run", "demo_probes", "embed", "eval_page", "cards", "onnx_export", "demo_page"},
+    {
+        "trainer",
+        "evaluate",
+        "run_folder",
+        "dry_run",
+        "demo_probes",
+        "embed",
+        "eval_page",
+        "cards",
+        "onnx_export",
+        "demo_page",
+    },
     {"train", "cli", "demo", "doctor", "export_cli", "compare", "runs"},
 )
 SERVE_MAY_USE = {"checkpoint", "model", "preprocess", "zero_shot", "errors", "templates"}
@@ -29,6 +41,10 @@ def imports_of(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return names
+
+
+def names_in(node: ast.Import | ast.ImportFrom) -> list[str]:
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
 
 
 def modules(package: str) -> list[Path]:
@@ -71,7 +87,9 @@ def test_clipstack_imports_downward(path: Path) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_only_the_engine_imports_deepspeed(package: str) -> None:
-    users = [path.name for path in modules(package) if any(n.split(".")[0] == "deepspeed" for n in imports_of(path))]
+    users = [
+        path.name for path in modules(package) if "deepspeed" in {n.split(".")[0] for n in imports_of(path)}
+    ]
     assert users == (["engine.py"] if package == "clipstack" else [])
 
 
@@ -82,6 +100,6 @@ def test_light_modules_import_no_torch(module: str) -> None:
         name.split(".")[0]
         for node in tree.body
         if isinstance(node, ast.Import | ast.ImportFrom)
-        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+        for name in names_in(node)
     }
     assert not tops & {"torch", "open_clip", "deepspeed"}

@@ -30,10 +30,12 @@ def test_features_and_gradients_equal_open_clips_own() -> None:
     model = build_model(SMALL, seed=0).double()
     own = open_clip.CLIP(**TABLES, nonscalar_logit_scale=True).double()
     own.load_state_dict(model.towers.state_dict())
-    images, tokens = torch.randn(3, 3, 16, 16, dtype=torch.float64), tokens_of("a cat", "two dogs on a mat", "x")
+    images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    tokens = tokens_of("a cat", "two dogs on a mat", "x")
     ours = model(images, model.trim_tokens(tokens))
     image, text, scale = own(images, tokens)
-    torch.testing.assert_close((ours.image, ours.text, ours.logit_scale.exp().reshape(1)), (image, text, scale), rtol=1e-12, atol=1e-14)
+    got = (ours.image, ours.text, ours.logit_scale.exp().reshape(1))
+    torch.testing.assert_close(got, (image, text, scale), rtol=1e-12, atol=1e-14)
 
     weights = torch.randn(3, 16, dtype=torch.float64)
     (ours.image * weights + ours.text * weights).sum().backward()
@@ -86,9 +88,9 @@ def test_equal_seeds_give_equal_weights_and_leave_the_global_generator_alone() -
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "ViT-B-33"}, "model.name = 'ViT-B-33': open_clip has no such architecture; did you mean 'ViT-B-32'"),
+        ({"name": "ViT-B-33"}, "model.name = 'ViT-B-33': open_clip has no such architecture"),
         ({"name": "coca_ViT-B-32"}, "CoCa"),
-        ({"name": "ViT-B-32", "pretrained": "laion"}, "pretrained = 'laion': no such file and no tag of ViT-B-32"),
+        ({"name": "ViT-B-32", "pretrained": "x"}, "pretrained = 'x': no such file and no tag of ViT-B-32"),
         ({**TABLES, "pretrained": "nowhere.pt"}, "model.pretrained = 'nowhere.pt': neither a weights file"),
         ({**TABLES, "vision_cfg": {"image_size": 16, "widht": 3}}, "open_clip cannot build these towers"),
     ],
@@ -108,9 +110,10 @@ def test_fine_tuning_starts_from_an_exported_folder_and_from_a_weights_file(tmp_
     folder.mkdir()
     save_file(weights, folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text(start.record.to_json())
+    expected = fingerprint_of(start.record, weights)
     for source in (tmp_path / "weights.safetensors", folder):
         model = build_model(SMALL.model_copy(update={"pretrained": str(source)}), seed=0)
-        assert fingerprint_of(model.record, open_clip_weights(model.towers)) == fingerprint_of(start.record, weights)
+        assert fingerprint_of(model.record, open_clip_weights(model.towers)) == expected
 
     other = ModelConfig(**{**TABLES, "embed_dim": 8}, pretrained=str(folder))
     with pytest.raises(CheckpointError, match=r"has shape .* the model wants"):
@@ -118,7 +121,8 @@ def test_fine_tuning_starts_from_an_exported_folder_and_from_a_weights_file(tmp_
 
 
 def test_locked_towers_do_not_train() -> None:
-    image, text = (build_model(SMALL.model_copy(update={key: True}), seed=0) for key in ("lock_image", "lock_text"))
+    configs = [SMALL.model_copy(update={key: True}) for key in ("lock_image", "lock_text")]
+    image, text = (build_model(config, seed=0) for config in configs)
     trained = {name.split(".")[0] for name, p in image.towers.named_parameters() if p.requires_grad}
     assert "visual" not in trained and {"transformer", "logit_scale"} <= trained
     trained = {name.split(".")[0] for name, p in text.towers.named_parameters() if p.requires_grad}
@@ -140,7 +144,7 @@ def _exported(folder: Path) -> Path:
     model = build_model(SMALL, seed=1)
     snapshot = Snapshot(
         step=1, samples_seen=8, record=model.record, max_logit_scale=model.max_logit_scale,
-        weights=open_clip_weights(model.towers), optimizer={}, objective={}, order={}, recipe_toml="seed = 0\n",
+        weights=open_clip_weights(model.towers), optimizer={}, objective={}, order={}, recipe_toml="",
     )  # fmt: skip
     save_snapshot(folder.with_name(folder.name + "-run") / "checkpoints", snapshot)
     return export_model(folder.with_name(folder.name + "-run"), folder)
