@@ -63,7 +63,8 @@ class Mixer:
     ) -> tuple[Tensor, Tensor]:
         """(cosines (A, S) of each anchor with its own synthetic negatives, (A,) whether it has any)."""
         columns, found = hardest
-        picks = (draws[:, :, :2] * found[:, None, None]).long().clamp_(max=self._config.top_k - 1)
+        last = (found - 1).clamp(min=0)[:, None, None]
+        picks = torch.minimum((draws[:, :, :2] * found[:, None, None]).long(), last)
         first, second = (columns.gather(1, picks[:, :, k]) for k in (0, 1))
         parts = []
         for part in (slice(i, i + ROWS_AT_ONCE) for i in range(0, len(anchors), ROWS_AT_ONCE)):

@@ -12,7 +12,7 @@ from torch import Tensor
 from clipstack.errors import CheckpointError, ConfigError
 from clipstack.losses.image_image import image_image_loss
 from clipstack.losses.individual import IndividualPairs
-from clipstack.losses.inputs import Inputs, NonFiniteError, check
+from clipstack.losses.inputs import NONFINITE, Inputs, NonFiniteError, check
 from clipstack.losses.sigmoid import SigmoidPairs
 from clipstack.losses.softmax import SoftmaxPairs
 from clipstack.losses.tiles import CPU_TILE, CUDA_TILE
@@ -110,10 +110,8 @@ class Objective:
             total = total + self.config.image_image.weight * image_image
             terms["image_image_loss"] = image_image.detach()
         terms = {"loss": total.detach(), **terms}
-        if not torch.isfinite(total):
-            raise NonFiniteError(
-                f"non-finite loss {total.item()} of {self.config.name}: lower the learning rate"
-            )
+        if self._world.any(not bool(torch.isfinite(total))):  # collective
+            raise NonFiniteError(f"{NONFINITE}loss of {self.config.name}: lower the learning rate")
         if torch.is_grad_enabled():
             self._pairs.after_step(inputs)
         return LossOutput(total, terms)
