@@ -51,29 +51,21 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "grey": (78, 80, 83),
     "maroon": (84, 16, 36),
 }
-# Things stand in the cells of a grid of 3 x 3: place -> (column, row), and how a caption says it.
+# Things stand in the middle row or column of a 3 x 3 grid: place -> (column, row), and how captions say it.
 CELL_PX = IMAGE_SIZE // 3
 PLACES: dict[str, tuple[int, int]] = {
-    "top left": (0, 0),
-    "top": (1, 0),
-    "top right": (2, 0),
     "left": (0, 1),
-    "middle": (1, 1),
     "right": (2, 1),
-    "bottom left": (0, 2),
+    "top": (1, 0),
     "bottom": (1, 2),
-    "bottom right": (2, 2),
+    "middle": (1, 1),
 }
 PLACE_PHRASES = {
-    "top left": "at the top left",
-    "top": "at the top",
-    "top right": "at the top right",
     "left": "on the left",
-    "middle": "in the middle",
     "right": "on the right",
-    "bottom left": "at the bottom left",
+    "top": "at the top",
     "bottom": "at the bottom",
-    "bottom right": "at the bottom right",
+    "middle": "in the middle",
 }
 # Relation of the first of two things to the second -> their places.
 RELATIONS: dict[str, tuple[str, str]] = {
