@@ -12,20 +12,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from clipstack.config import DataConfig, SourceConfig
 from clipstack.errors import ConfigError, DataError, SampleError, ShardError
 from clipstack.preprocess import Preprocess
+from clipstack.unindexed import UnindexedSamples, announce, expand_unindexed
 from clipstack.world import World
+from data_pipelines.cache import Prefetcher, Schedule, ShardCache, local_share
 from data_pipelines.images import open_image
 from data_pipelines.order import Order, OrderParams, batch_ranges, rank_slice
 from data_pipelines.rights import EMPTY, load_removal_list
+from data_pipelines.sources import is_pipe, is_remote
 from data_pipelines.stream import (
     BadRate,
     BadSample,
@@ -102,35 +106,26 @@ class TrainLoader:
                 f"train.batch_size = {batch_size}: not divisible by {world.size} ranks; "
                 f"take {batch_size // world.size * world.size or world.size}"
             )
-        self._config, self._world, self._batch_size = config, world, batch_size
-        self._params = OrderParams(seed, config.lanes, config.window_shards, config.quantum)
-        self._manifest = make_manifest(train_sources(config), config.cache_dir)
-        self._order = self._manifest.order(self._params)
+        self._config = config
         self._quarantine = Quarantine(quarantine_path)
-        self._quarantine.add(self._manifest.damage)
-        self._batches = _TrainBatches(
-            manifest=self._manifest,
-            order=self._order,
-            options=read_options(config),
-            preprocess=preprocess,
-            seed=seed,
-            rank=world.rank,
-            world_size=world.size,
-        )
-        self._workers = _Workers(self._batches, config.workers, pin_memory=world.device.type == "cuda")
+        sources = train_sources(config)
+        has_pipes = any(is_pipe(path) for paths, _ in sources for path in paths)
+        make = _UnindexedData if has_pipes else _IndexedData
+        self._data = make(config, sources, preprocess, batch_size=batch_size, world=world, seed=seed)
+        self._quarantine.add(self._data.damage)
 
     @property
     def num_samples(self) -> int:
-        """In one epoch, all sources together."""
-        return self._order.num_samples
+        """In one epoch, all sources together. Raises ConfigError for sources that cannot be indexed."""
+        return self._data.num_samples
 
     def epochs(self, position: int) -> list[float]:
-        """How many epochs of each source lie before a position."""
-        return self._order.epochs(position)
+        """How many epochs of each source lie before a position; 0 for a source that cannot be indexed."""
+        return self._data.epochs(position)
 
     def state(self) -> dict[str, object]:
         """What a position depends on, JSON-able: a checkpoint keeps it beside the position."""
-        return order_state(self._manifest, self._params)
+        return self._data.state()
 
     def check_state(self, state: Mapping[str, object]) -> None:
         """Raises ConfigError naming what differs from the run that saved `state`."""
@@ -151,14 +146,127 @@ class TrainLoader:
         dies.
         """
         rate = BadRate(self._config.max_bad_fraction)
-        for made in self._workers.run(batch_ranges(start_sample, self._batch_size, skip)):
+        for made in self._data.run(start_sample, skip):
             self._quarantine.add(made.bad)
             rate.count(len(made.value.keys), made.bad)
             yield made.value
 
     def close(self) -> None:
         """End the worker processes."""
+        self._data.close()
+
+
+class _IndexedData:
+    """Shards in the order of the order function."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        sources: Sequence[tuple[tuple[str, ...], float]],
+        preprocess: Preprocess,
+        *,
+        batch_size: int,
+        world: World,
+        seed: int,
+    ) -> None:
+        self._params = OrderParams(seed, config.lanes, config.window_shards, config.quantum)
+        self._batch_size = batch_size
+        self._manifest = make_manifest(sources, config.cache_dir)
+        self._order = self._manifest.order(self._params)
+        self._prefetcher = _prefetcher(
+            config, self._manifest, self._order, batch_size=batch_size, world=world
+        )
+        reader = Reader(self._manifest, read_options(config), open_file=_cache(config).open)
+        batches = _TrainBatches(reader, self._order, preprocess, seed, world.rank, world.size)
+        self._workers = _Workers(batches, config.workers, pin_memory=world.device.type == "cuda")
+
+    @property
+    def damage(self) -> tuple[BadSample, ...]:
+        return self._manifest.damage
+
+    @property
+    def num_samples(self) -> int:
+        return self._order.num_samples
+
+    def epochs(self, position: int) -> list[float]:
+        return self._order.epochs(position)
+
+    def state(self) -> dict[str, object]:
+        return order_state(self._manifest, self._params)
+
+    def run(self, start_sample: int, skip: Sequence[tuple[int, int]]) -> Iterator[_Made]:
+        made = self._workers.run(batch_ranges(start_sample, self._batch_size, skip))
+        if self._prefetcher is None:
+            yield from made
+            return
+        for one in made:
+            # Started only once the workers are there, since a fork copies no threads.
+            self._prefetcher.start(one.value.next_sample)
+            yield one
+
+    def close(self) -> None:
         self._workers.close()
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+
+
+class _UnindexedData:
+    """Pipes, through the webdataset library. Batches are equal on all ranks; nothing else is promised."""
+
+    damage: tuple[BadSample, ...] = ()
+
+    def __init__(
+        self,
+        config: DataConfig,
+        sources: Sequence[tuple[tuple[str, ...], float]],
+        preprocess: Preprocess,
+        *,
+        batch_size: int,
+        world: World,
+        seed: int,
+    ) -> None:
+        urls = expand_unindexed(sources)
+        announce(config, urls)
+        self._urls, self._seed, self._batch_size = urls, seed, batch_size
+        samples = UnindexedSamples(urls, read_options(config), seed, world.rank)
+        batches = _UnindexedBatches(samples, preprocess, size=batch_size // world.size)
+        self._workers = _Workers(batches, config.workers, pin_memory=world.device.type == "cuda")
+
+    @property
+    def num_samples(self) -> int:
+        raise ConfigError(
+            f"data.train = {self._urls[0]!r}: its size is unknown, and what is asked for needs it; "
+            "name shards in a folder"
+        )
+
+    def epochs(self, position: int) -> list[float]:
+        return [0.0]
+
+    def state(self) -> dict[str, object]:
+        return {"unindexed": list(self._urls), "seed": self._seed}
+
+    def run(self, start_sample: int, skip: Sequence[tuple[int, int]]) -> Iterator[_Made]:
+        # Positions only count here: there is no order that a window of them could be cut out of.
+        made = self._workers.run(None)
+        for one, ranges in zip(made, batch_ranges(start_sample, self._batch_size), strict=False):
+            yield one._replace(value=one.value._replace(next_sample=ranges[-1][1]))
+
+    def close(self) -> None:
+        self._workers.close()
+
+
+def _cache(config: DataConfig, *, drops: bool = False) -> ShardCache:
+    return ShardCache(config.cache_dir, int(config.cache_size_gb * 1e9), drops=drops)
+
+
+def _prefetcher(
+    config: DataConfig, manifest: Manifest, order: Order, *, batch_size: int, world: World
+) -> Prefetcher | None:
+    """One on each machine, in its first rank, where there is something to fetch. Raises DataError."""
+    share = local_share(batch_size, rank=world.rank, world_size=world.size)
+    if share.first_rank != world.rank or not any(is_remote(shard.url) for shard in manifest.shards):
+        return None
+    return Prefetcher(_cache(config), Schedule(manifest, order, share))
 
 
 class EvalSamples(Protocol):
@@ -193,7 +301,8 @@ class ShardSamples:
     ) -> None:
         """Raises DataError."""
         manifest = make_manifest([(paths, 1.0)], config.cache_dir)
-        self._reader = Reader(manifest, replace(read_options(config), captions=captions))
+        options = replace(read_options(config), captions=captions)
+        self._reader = Reader(manifest, options, open_file=_cache(config, drops=True).open)
 
     @property
     def manifest(self) -> Manifest:
@@ -303,37 +412,53 @@ class _Made(NamedTuple):
 
 @dataclass
 class _TrainBatches(Dataset[_Made]):
-    manifest: Manifest
+    reader: Reader
     order: Order
-    options: ReadOptions
     preprocess: Preprocess
     seed: int
     rank: int
     world_size: int
 
-    def __post_init__(self) -> None:
-        self._drawer = Drawer(Reader(self.manifest, self.options), seed=self.seed)
-
     def __getitem__(self, ranges: Ranges) -> _Made:
+        drawer = Drawer(self.reader, seed=self.seed)
         try:
             drawn = [
-                self._drawer.draw(int(epoch), int(sample), int(source))
+                drawer.draw(int(epoch), int(sample), int(source))
                 for low, high in rank_slice(ranges, rank=self.rank, world_size=self.world_size)
                 for source, epoch, sample in zip(*self.order.take(low, high - low), strict=True)
             ]
         except DataError as error:
             return _Made(None, [], error)
-        return _Made(self._batch(drawn, ranges[-1][1]), [bad for one in drawn for bad in one.bad])
+        return _train_batch(drawn, self.preprocess, next_sample=ranges[-1][1])
 
-    def _batch(self, drawn: list[Drawn], next_sample: int) -> Batch:
-        return Batch(
-            images=torch.stack([self.preprocess.train_image(one.pixels, one.rng) for one in drawn]),
-            tokens=self.preprocess.tokenize([one.caption for one in drawn]),
-            sample_ids=torch.tensor([_sample_id(one) for one in drawn], dtype=torch.int64),
-            sample_index=torch.tensor([one.sample for one in drawn], dtype=torch.int64),
-            keys=[one.raw.key for one in drawn],
-            next_sample=next_sample,
-        )
+
+@dataclass
+class _UnindexedBatches(IterableDataset[_Made]):
+    samples: UnindexedSamples
+    preprocess: Preprocess
+    size: int
+
+    def __iter__(self) -> Iterator[_Made]:
+        drawn = iter(self.samples)
+        while True:
+            try:
+                batch = list(islice(drawn, self.size))
+            except DataError as error:
+                yield _Made(None, [], error)
+                return
+            yield _train_batch(batch, self.preprocess, next_sample=0)
+
+
+def _train_batch(drawn: list[Drawn], preprocess: Preprocess, *, next_sample: int) -> _Made:
+    batch = Batch(
+        images=torch.stack([preprocess.train_image(one.pixels, one.rng) for one in drawn]),
+        tokens=preprocess.tokenize([one.caption for one in drawn]),
+        sample_ids=torch.tensor([_sample_id(one) for one in drawn], dtype=torch.int64),
+        sample_index=torch.tensor([one.sample for one in drawn], dtype=torch.int64),
+        keys=[one.raw.key for one in drawn],
+        next_sample=next_sample,
+    )
+    return _Made(batch, [bad for one in drawn for bad in one.bad])
 
 
 @dataclass
@@ -378,12 +503,14 @@ class _Workers:
     """Runs requests through torch's DataLoader: in order, ahead of time, in processes that end with this
     one."""
 
-    def __init__(self, dataset: Dataset[_Made], workers: int, *, pin_memory: bool) -> None:
+    def __init__(
+        self, dataset: Dataset[_Made] | IterableDataset[_Made], workers: int, *, pin_memory: bool
+    ) -> None:
         self._dataset, self._count, self._pin_memory = dataset, workers, pin_memory
         self._iterator: Any = None
         self._runs = 0
 
-    def run(self, requests: Iterable[Ranges]) -> Iterator[_Made]:
+    def run(self, requests: Iterable[Ranges] | None) -> Iterator[_Made]:
         """Answers in order. A new run ends the one before. Raises DataError that a worker met, or for its
         death."""
         self.close()
@@ -396,12 +523,12 @@ class _Workers:
             except StopIteration:
                 self.close()
                 return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, OSError, EOFError) as error:
+                if not self._count or not _is_death(error):
                     raise
                 self.close()
                 raise DataError(
-                    f"data.workers = {self._count}: a loader process died ({str(error).splitlines()[0]}); "
+                    f"data.workers = {self._count}: a loader process died ({_first_line(error)}); "
                     "most likely it was killed for want of memory: fewer workers need less"
                 ) from error
             if made.error is not None:
@@ -413,7 +540,7 @@ class _Workers:
         """End the processes: torch does so when the last reference to its iterator goes."""
         self._iterator = None
 
-    def _start(self, requests: Iterable[Ranges]) -> Any:
+    def _start(self, requests: Iterable[Ranges] | None) -> Any:
         loader = DataLoader(
             self._dataset,
             batch_size=None,
@@ -429,6 +556,18 @@ class _Workers:
         # here instead.
         with _sigchld_kept():
             return iter(loader)
+
+
+def _is_death(error: Exception) -> bool:
+    """Whether torch's loader failed for want of a worker: it says so, or cannot reach it for a batch it
+    announced."""
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker" in str(error) and "Caught" not in str(error)
+    return "in DataLoader worker process" not in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True)

@@ -97,10 +97,10 @@ class ShardIndex:
 
     def members(self, sample: int) -> dict[str, Span]:
         """Extension to place, in the tar's order. Where one extension comes twice the first counts."""
-        extension, header_offset, offset, size, check, digests = self._columns
+        header_offset, offset, size, check, digests = self._columns
         out: dict[str, Span] = {}
         for m in range(self._firsts[sample], self._firsts[sample + 1]):
-            name = self.extensions[extension[m]]
+            name = self._names[m]
             if name not in out:
                 digest = digests[DIGEST_BYTES * m : DIGEST_BYTES * (m + 1)]
                 out[name] = Span(header_offset[m], offset[m], size[m], check[m], digest)
@@ -117,10 +117,13 @@ class ShardIndex:
         return firsts
 
     @cached_property
-    def _columns(self) -> tuple[list[int], list[int], list[int], list[int], list[int], bytes]:
+    def _names(self) -> list[str]:
+        return [self.extensions[number] for number in self.extension.tolist()]
+
+    @cached_property
+    def _columns(self) -> tuple[list[int], list[int], list[int], list[int], bytes]:
         # Lists, because taking single numbers out of arrays is what a read would spend its time on.
         return (
-            self.extension.tolist(),
             self.header_offset.tolist(),
             self.offset.tolist(),
             self.size.tolist(),
@@ -138,6 +141,23 @@ class ShardIndex:
         check = np.add.reduceat(self.checksum, first)
         whole = np.add.reduceat(ends - self.header_offset, first) == end - start
         return start.tolist(), end.tolist(), check.tolist(), whole.tolist()
+
+    def payloads(self, sample: int, data: bytes, start: int) -> dict[str, bytes]:
+        """Extension to payload, cut out of `data`, the tar's bytes from `start` on."""
+        _, offset, size, _, _ = self._columns
+        names = self._names
+        out: dict[str, bytes] = {}
+        for m in range(self._firsts[sample], self._firsts[sample + 1]):
+            if names[m] not in out:
+                at = offset[m] - start
+                out[names[m]] = data[at : at + size[m]]
+        return out
+
+    def payload_digest(self, sample: int, extension: str) -> bytes:
+        """The kept bytes of the SHA-256 of one member's payload."""
+        first = self._firsts[sample]
+        m = self._names.index(extension, first, self._firsts[sample + 1])
+        return self._columns[4][DIGEST_BYTES * m : DIGEST_BYTES * (m + 1)]
 
     def position(self, key: str) -> int | None:
         """Where a key stands in the shard; None if it has no such key."""

@@ -84,7 +84,7 @@ def step_range(run: Path, recipe: Mapping[str, Any], step: int) -> tuple[int, in
         for line in metrics.read_text(encoding="utf-8").splitlines():
             record = json.loads(line) if line.endswith("}") else {}
             if record.get("step") == step:
-                end = int(record.get("next_sample", end))
+                end = int(record.get("samples_seen", end))
     return end - batch_size, end
 
 

@@ -159,12 +159,10 @@ def retried(url: str, call: Callable[[], T]) -> T:
         try:
             return call()
         except FileNotFoundError as error:
-            raise ShardError(f"{url}: no such file") from error
+            raise DataError(f"{url}: no such file") from error
         except _network_errors() as error:
             if attempt + 1 == REMOTE_ATTEMPTS:
-                raise ShardError(
-                    f"{url}: cannot be read after {REMOTE_ATTEMPTS} attempts: {error}"
-                ) from error
+                raise DataError(f"{url}: cannot be read after {REMOTE_ATTEMPTS} attempts: {error}") from error
             time.sleep(0.2 * 2**attempt)
     raise AssertionError("unreachable")
 
@@ -214,7 +212,7 @@ def ensure_index(url: str, cache_dir: Path | None = None, *, strict: bool = Fals
     """
     found = find_index(url, cache_dir)
     if found is None:
-        with _locked(cached_index_path(url, cache_dir)):
+        with locked(cached_index_path(url, cache_dir)):
             found = find_index(url, cache_dir)  # another process may have made it meanwhile
             if found is None:
                 return _make_index(url, cache_dir, strict)
@@ -248,7 +246,8 @@ def size_bytes(url: str) -> int:
 
 
 def _is_writable(folder: Path) -> bool:
-    """Whether files may be added: root may everywhere, but a folder without write bits is read-only to it too."""
+    """Whether files may be added: root may everywhere, but a folder without write bits is read-only to it
+    too."""
     return bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
 
 
@@ -277,7 +276,7 @@ def _cat_if_there(fs: Any, path: str) -> bytes | None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """One process at a time, on this machine, for one path. Raises DataError where the folder cannot be
     written."""
     lock = path.with_name(path.name + ".lock")

@@ -8,19 +8,19 @@ import hashlib
 import json
 import os
 import random
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
-
 from data_pipelines.errors import DataError, SampleError, ShardError
 from data_pipelines.images import MAX_IMAGE_PIXELS, Pixels, decode
-from data_pipelines.index import IMAGE_EXTENSIONS, ShardIndex, Span, decode_index
+from data_pipelines.index import IMAGE_EXTENSIONS, ShardIndex, Span, decode_index, payload_digest
 from data_pipelines.order import Order, OrderParams, sample_seed
 from data_pipelines.rights import EMPTY, RemovalList, removed_samples, rights_of_json, shard_urls
 from data_pipelines.sources import (
@@ -52,6 +52,7 @@ class ShardEntry:
     url: str
     name: str
     num_samples: int
+    size_bytes: int
     digest: str
 
 
@@ -166,7 +167,7 @@ def _entry(url: str, cache_dir: Path | None) -> tuple[ShardEntry, list[BadSample
     name = shard_name(url)
     size_bytes(url)  # a shard that is missing is the user's mistake; one that shrank shows sample by sample
     damage = [BadSample(name, None, f"byte {item.offset}: {item.reason}") for item in summary.damage]
-    return ShardEntry(url, name, summary.num_samples, summary.digest), damage
+    return ShardEntry(url, name, summary.num_samples, summary.tar_size, summary.digest), damage
 
 
 class Reader:
@@ -184,17 +185,17 @@ class Reader:
         self.options = options
         self._open_file = open_file or open_shard
         self._max_open = max_open
-        self._firsts = np.concatenate(([0], np.cumsum([shard.num_samples for shard in manifest.shards])))
+        self._firsts = [0, *accumulate(shard.num_samples for shard in manifest.shards)]
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard, position in it) of a position in the data set."""
-        shard = int(self._firsts.searchsorted(sample, side="right")) - 1
-        return shard, sample - int(self._firsts[shard])
+        shard = bisect_right(self._firsts, sample) - 1
+        return shard, sample - self._firsts[shard]
 
     def first_of(self, shard: int) -> int:
         """Position in the data set of the first sample of a shard."""
-        return int(self._firsts[shard])
+        return self._firsts[shard]
 
     def key(self, sample: int) -> str:
         """SHARD_FILE_NAME/KEY. Raises ShardError."""
@@ -210,25 +211,16 @@ class Reader:
         opened = self._opened(shard)
         if position in opened.removed:
             raise RemovedError(f"removed: {opened.removed[position]}")
-        members = opened.index.members(position)
-        image_extension = next((ext for ext in IMAGE_EXTENSIONS if ext in members), None)
-        if image_extension is None:
-            raise SampleError(f"no image among its members ({', '.join(members)})")
-        payloads = _read_members(opened, position, members)
-        self._refuse_removed_url(payloads)
-        return RawSample(
-            key=f"{entry.name}/{opened.index.keys[position]}",
-            image=payloads[image_extension],
-            image_digest=members[image_extension].digest,
-            captions=_captions(payloads, self.options),
-            class_index=_class_index(payloads),
-        )
+        payloads = _read_members(opened, position)
+        key = f"{entry.name}/{opened.index.keys[position]}"
+        # The index knows the hash of the image already, and the checksum vouches for the bytes.
+        return parse_sample(key, payloads, self.options, partial(opened.index.payload_digest, position))
 
     def members(self, sample: int) -> dict[str, bytes]:
         """Every member of a sample, checked against the index. Raises SampleError, ShardError."""
         shard, position = self.locate(sample)
         opened = self._opened(shard)
-        return _read_members(opened, position, opened.index.members(position))
+        return _read_members(opened, position)
 
     def close(self) -> None:
         for opened in self._open.values():
@@ -252,13 +244,6 @@ class Reader:
             removed = removed_samples(self.options.removals, index, shard_name=entry.name, urls=urls)
         self._open[shard] = _OpenShard(index, removed, lambda: self._open_file(entry))
         return self._open[shard]
-
-    def _refuse_removed_url(self, payloads: Mapping[str, bytes]) -> None:
-        # Shards of other tools carry the URL in KEY.json and have no Parquet file beside them.
-        if self.options.removals.names_urls and "json" in payloads:
-            line = self.options.removals.match(url=rights_of_json(payloads["json"]).get("url"))
-            if line is not None:
-                raise RemovedError(f"removed: {line}")
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": OrderedDict()}
@@ -293,6 +278,35 @@ class _OpenShard:
             self._file = None
 
 
+def parse_sample(
+    key: str,
+    payloads: Mapping[str, bytes],
+    options: ReadOptions,
+    digest_of: Callable[[str], bytes] | None = None,
+) -> RawSample:
+    """What the members of a sample mean. `digest_of`: gives the hash of a member where an index knows it.
+
+    Raises SampleError if it cannot be used, RemovedError if it must not be.
+    """
+    extension = _image_extension(payloads)
+    image = payloads[extension]
+    digest = payload_digest(image) if digest_of is None else digest_of(extension)
+    if options.removals:
+        # Shards of other tools carry the URL in KEY.json and have no Parquet file beside them.
+        url = rights_of_json(payloads["json"]).get("url") if "json" in payloads else None
+        line = options.removals.match(key=key, sha256=digest.hex(), url=url)
+        if line is not None:
+            raise RemovedError(f"removed: {line}")
+    return RawSample(key, image, digest, _captions(payloads, options), _class_index(payloads))
+
+
+def _image_extension(payloads: Mapping[str, bytes]) -> str:
+    for extension in IMAGE_EXTENSIONS:
+        if extension in payloads:
+            return extension
+    raise SampleError(f"no image among its members ({', '.join(payloads)})")
+
+
 def open_shard(entry: ShardEntry) -> ShardFile:
     """The file of a shard where it lies. Raises ShardError."""
     return RemoteFile(entry.url) if is_remote(entry.url) else LocalFile(entry.url)
@@ -308,15 +322,15 @@ def _index_of(entry: ShardEntry, cache_dir: Path | None) -> ShardIndex:
     return index
 
 
-def _read_members(opened: _OpenShard, position: int, members: Mapping[str, Span]) -> dict[str, bytes]:
+def _read_members(opened: _OpenShard, position: int) -> dict[str, bytes]:
     extent = opened.index.extent(position)
     if extent is None:
-        return {ext: _read_member(opened, ext, span) for ext, span in members.items()}
-    data = opened.read(extent.start, extent.end)
-    if checksum(data) != extent.checksum:
+        return {ext: _read_member(opened, ext, span) for ext, span in opened.index.members(position).items()}
+    start, end, expected = extent
+    data = opened.read(start, end)
+    if checksum(data) != expected:
         raise SampleError("its bytes are not those that the index was made of")
-    start = extent.start
-    return {ext: data[span.offset - start : span.offset - start + span.size] for ext, span in members.items()}
+    return opened.index.payloads(position, data, start)
 
 
 def _read_member(opened: _OpenShard, extension: str, span: Span) -> bytes:
@@ -334,7 +348,7 @@ def _captions(payloads: Mapping[str, bytes], options: ReadOptions) -> tuple[str,
     found = () if options.captions == "ignored" else _stored_captions(payloads, wanted)
     if not found and options.captions != "required":
         return ()
-    if not found or not all(caption.strip() for caption in found):
+    if not found or not all(map(str.strip, found)):
         raise SampleError(
             f"no caption: neither .{wanted} nor a field of .json gives one" if not found else "empty caption"
         )

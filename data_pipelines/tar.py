@@ -20,6 +20,7 @@ MAX_NAME_BYTES = 1024
 MAX_MEMBER_BYTES = 256 * 2**20
 
 _ZERO = bytes(BLOCK)
+_WORDS = np.dtype("<u8")
 _REGULAR = (b"0", b"\0", b"7")
 _CHECKSUM = slice(148, 156)
 
@@ -54,7 +55,7 @@ def checksum(blocks: bytes) -> int:
     1.7 it costs next to nothing on every read. It adds up: the checksum of a run of members is the sum of
     theirs.
     """
-    return int(np.frombuffer(blocks, dtype="<u8").sum(dtype=np.uint64))
+    return int(np.add.reduce(np.frombuffer(blocks, dtype=_WORDS)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -270,7 +270,7 @@ def test_a_killed_worker_is_a_clear_error_and_not_a_hang(shards: Path) -> None:
     source = loader(shards, workers=2)
     batches = source.iterate(0)
     next(batches)
-    os.kill(source._workers._iterator._workers[0].pid, signal.SIGKILL)
+    os.kill(source._data._workers._iterator._workers[0].pid, signal.SIGKILL)
     with pytest.raises(DataError, match=r"data\.workers = 2: a loader process died"):
         for _ in range(100):
             next(batches)
@@ -286,7 +286,7 @@ def test_workers_outlive_signals_and_work_beside_a_parent_with_threads(shards: P
         source = loader(shards, workers=2)
         batches = source.iterate(0)
         next(batches)
-        for worker in source._workers._iterator._workers:
+        for worker in source._data._workers._iterator._workers:
             os.kill(worker.pid, signal.SIGTERM)
             os.kill(worker.pid, signal.SIGINT)
         assert digest([next(batches) for _ in range(12)]) == digest(take(loader(shards), 13)[1:])
@@ -309,7 +309,7 @@ def test_workers_end_with_their_parent(shards: Path) -> None:
             config, preprocess=pre, batch_size=8, world=World(), seed=1, quarantine_path=None
         )
         next(source.iterate(0))
-        print(*[worker.pid for worker in source._workers._iterator._workers], flush=True)
+        print(*[worker.pid for worker in source._data._workers._iterator._workers], flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     """
     done = subprocess.run(
