@@ -2,9 +2,9 @@
 
     python benchmarks/build.py [--data SHARDS] [--repeat N] [--json FILE]
 
-Three measurements of the same photos, in one run, on one core (and the build on two processes as well): the whole build
-(read, check, shrink, encode, hashes, table, index, tar, sync to disk), the loop of decode, shrink and encode that any
-builder must do, and decode, shrink and encode as a plain Pillow script does them.
+Three measurements of the same photos, in one run, on one core (and the build on two processes as well): the
+whole build (read, check, shrink, encode, hashes, table, index, tar, sync to disk), the loop of decode, shrink
+and encode that any builder must do, and decode, shrink and encode as a plain Pillow script does them.
 """
 
 from __future__ import annotations

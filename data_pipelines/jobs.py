@@ -40,6 +40,7 @@ from data_pipelines.inputs import (
     ShardImage,
     read_item,
 )
+from data_pipelines.parallel import exit_with_parent
 from data_pipelines.progress import Progress
 from data_pipelines.rights import EMPTY, RIGHTS_COLUMNS, RemovalList
 from data_pipelines.table import Row, describe, image_member, table_path, write_table
@@ -353,6 +354,7 @@ def _set_stop(stop: Event) -> None:
     global _worker_stop
     _worker_stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    exit_with_parent()
 
 
 def _build_in_worker(job: Job, out: Path, options: BuildOptions) -> ShardReport:

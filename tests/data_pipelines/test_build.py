@@ -309,12 +309,12 @@ def test_removal_list_keeps_samples_out_and_logs_each(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_sigterm_stops_with_exit_code_3_and_leaves_no_half_shard(tmp_path: Path, processes: str) -> None:
+def start_long_build(tmp_path: Path, processes: str) -> subprocess.Popen[str]:
+    """A build of many shards, in another process, that has finished its first."""
     source = tmp_path / "in"
     image_folder(source, 1)
     noise = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (900, 900, 3), dtype=np.uint8)))
-    for i in range(200):
+    for i in range(100):
         (source / f"big{i}.jpg").write_bytes(noise)
         (source / f"big{i}.txt").write_text("noise")
     code = "import sys; from data_pipelines.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -325,9 +325,28 @@ def test_sigterm_stops_with_exit_code_3_and_leaves_no_half_shard(tmp_path: Path,
     deadline = time.monotonic() + 60
     while not list((tmp_path / "out").glob("*.tar")) and time.monotonic() < deadline:
         time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_sigterm_stops_with_exit_code_3_and_leaves_no_half_shard(tmp_path: Path, processes: str) -> None:
+    process = start_long_build(tmp_path, processes)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 3, err
     assert "the same command goes on from here" in err
     assert not list((tmp_path / "out").glob(".*.partial"))
+    assert main(["verify", str(tmp_path / "out"), "--decode", "none", "--processes", "1"]) == 0
+
+
+def test_a_killed_build_leaves_no_worker_behind_and_is_resumed(tmp_path: Path) -> None:
+    process = start_long_build(tmp_path, "2")
+    process.kill()
+    # Every process of the build holds this end of the pipe: it is at its end when the last of them is gone.
+    process.communicate(timeout=60)
+    assert not (tmp_path / "out/build.json").exists()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.tar")}
+    assert build(tmp_path / "in", "-o", tmp_path / "out", "--samples-per-shard", "10") == 0
+    assert before.items() <= {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.tar")}.items()
+    assert not list((tmp_path / "out").glob(".*"))
     assert main(["verify", str(tmp_path / "out"), "--decode", "none", "--processes", "1"]) == 0
