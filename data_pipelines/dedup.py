@@ -252,6 +252,8 @@ def run(args: argparse.Namespace) -> int:
     for by in dedup.by:
         print(f"{sum(d.by == by for d in duplicates):>10,}  {by} duplicates")
     print(f"keeps {rows.frame.height - len(duplicates):,} of {rows.frame.height:,}")
+    if rows.unusable:
+        print(f"{len(rows.unusable):,} more have no image that can be read and are dropped")
     if args.dry_run:
         return 0
     places = rows.frame["place"].to_list()

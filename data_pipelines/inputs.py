@@ -192,6 +192,11 @@ def _collect_folder(folder: Path, options: InputOptions) -> Inputs:
     paths = tuple(str(folder / name) for name in files)
     match layout:
         case "captions":
+            if images and not any(sidecars.values()):
+                raise DataError(
+                    f"{folder}: {len(images)} images, but no captions; put NAME.txt beside NAME.jpg, "
+                    "or build from a table of paths and captions"
+                )
             items = [
                 Item(
                     origin=image,

@@ -273,6 +273,7 @@ def test_output_inside_the_input_is_refused(tmp_path: Path) -> None:
         (["{tmp}/input", "--remove", "{tmp}/bad.txt"], "line 2"),
         (["{tmp}/input", "--layout", "classes", "--templates", "{tmp}/t.csv"], "has no {}"),
         (["{tmp}/empty"], "no images found"),
+        (["{tmp}/bare"], "no captions"),
     ],
 )
 def test_mistakes_cost_one_line_and_exit_code_2(
@@ -280,6 +281,8 @@ def test_mistakes_cost_one_line_and_exit_code_2(
 ) -> None:
     image_folder(tmp_path / "input", 1)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/a.jpg").write_bytes(jpeg(1))
     (tmp_path / "t.csv").write_text(
         "thing,words\na,b\n" if message == "--image-column" else "file,words\na,b\n"
     )

@@ -32,6 +32,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.filter import PRESETS, select
 from data_pipelines.index import Sample, load_index, write_shard
 from data_pipelines.inputs import expand_shards
+from data_pipelines.progress import Progress
 from data_pipelines.shard_rows import FRAME_SCHEMA, read_rows
 from data_pipelines.stats import compute_stats, histogram
 from tests.data_pipelines.making import contents, encoded, image_folder, jpeg, picture, plain_shard
@@ -408,3 +409,55 @@ def test_captions_repeat_counts(tmp_path: Path) -> None:
     )
     stats = compute_stats(read_rows([tmp_path / "a.tar"], phash=False), num_shards=1)
     assert stats.duplicate_captions == len(captions) - len(Counter(captions))
+
+
+# ---- index and progress ----------------------------------------------------------------------------
+
+
+def test_index_command_makes_what_is_missing_and_touches_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain_shard(tmp_path / "a.tar", range(3))
+    plain_shard(tmp_path / "b.tar", range(4))
+    expected = contents(tmp_path)
+    (tmp_path / "b.tar.idx").unlink()
+    time = (tmp_path / "a.tar.idx").stat().st_mtime_ns
+    assert run("index", tmp_path) == 0
+    assert "7 samples in 2 shards; indexed now: 1, before: 1" in capsys.readouterr().out
+    assert contents(tmp_path) == expected
+    assert (tmp_path / "a.tar.idx").stat().st_mtime_ns == time
+
+
+def test_index_command_refuses_damage_and_a_size_that_differs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("cut.tar", "longer.tar"):
+        plain_shard(tmp_path / name, range(3))
+    (tmp_path / "cut.tar.idx").unlink()
+    with open(tmp_path / "cut.tar", "r+b") as file:
+        file.truncate(3000)
+    with open(tmp_path / "longer.tar", "ab") as file:
+        file.write(bytes(512))
+    assert run("index", tmp_path) == 1
+    out = capsys.readouterr().out
+    assert "cut.tar: damaged at byte" in out
+    assert "longer.tar: " in out
+    assert not (tmp_path / "cut.tar.idx").exists()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()], ids=["pipe", "terminal"])
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(stream: io.StringIO) -> None:
+    with Progress("work", 3, unit="shards", stream=stream) as progress:
+        for _ in range(3):
+            progress.advance()
+    text = stream.getvalue()
+    if stream.isatty():
+        assert "\r" in text
+        assert "3/3" in text
+    else:
+        assert text == "work: 3/3 shards\n"

@@ -1,4 +1,4 @@
-"""Whatever bytes come: a reason or a finding, never a crash; and a repair saves only what was there before."""
+"""Whatever bytes come: a reason or a finding, never a crash; a repair saves only what was there before."""
 
 from __future__ import annotations
 
