@@ -39,7 +39,7 @@ def announce(config: DataConfig, urls: Sequence[str]) -> None:
     warnings.warn(
         f"data.train = {urls[0]!r} cannot be indexed and is read through the webdataset library: samples "
         "come again or stay away within an epoch, resuming starts the source anew, the order depends on "
-        "ranks and data.workers, sample_index is unknown; shards in a folder or under a URL know no such limits",
+        "ranks and data.workers, sample_index is unknown. Shards in a folder or under a URL do better.",
         UnindexedWarning,
         stacklevel=4,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import http.server
 import io
 import json
 import os
@@ -10,8 +12,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -24,6 +28,7 @@ from clipstack.config import AugmentConfig, DataConfig, SourceConfig
 from clipstack.errors import ConfigError, DataError
 from clipstack.loader import Batch, EvalLoader, TrainLoader
 from clipstack.preprocess import Preprocess
+from clipstack.unindexed import UnindexedWarning
 from clipstack.world import World
 from data_pipelines.index import Sample, load_index, write_shard
 
@@ -371,3 +376,90 @@ def test_evaluation_masks_and_reports_what_it_cannot_use(shards: Path, tmp_path:
     )
     assert sum(int(batch.mask.sum()) for batch in source) == N - 2
     assert sorted(str(bad.key) for bad in source.bad) == ["0054", "0059"]
+
+
+@pytest.fixture
+def web(shards: Path) -> Iterator[str]:
+    """The shards under a URL, without their indexes."""
+    handler = type("Handler", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(handler, directory=str(shards))
+    ) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_remote_shards_give_the_batches_that_local_ones_give(
+    shards: Path, web: str, tmp_path: Path, workers: int
+) -> None:
+    """From a server without ranges: shards are fetched whole into the cache, ahead of use."""
+    remote = loader(Path("unused"), train=f"{web}/s{{0..5}}.tar", workers=workers, cache_dir=str(tmp_path))
+    assert digest(take(remote, 13)) == digest(take(loader(shards), 13))
+    assert len(list((tmp_path / "shards").glob("*.tar"))) == len(SIZES)
+
+
+def test_remote_evaluation_goes_through_the_cache(shards: Path, web: str, tmp_path: Path) -> None:
+    config = DataConfig(train=".", cache_dir=tmp_path)
+    source = EvalLoader(
+        f"{web}/s{{0..5}}.tar", config=config, preprocess=PREPROCESS, batch_size=30, world=World(), workers=2
+    )
+    assert sum(int(batch.mask.sum()) for batch in source) == N
+
+
+def piped(shards: Path, command: str = "cat", **options: object) -> TrainLoader:
+    pipe = f"pipe:{command} {shards}/s3.tar"
+    return loader(shards, train=pipe, batch_size=12, allow_pipe=True, **options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pipes_train_through_webdataset_with_a_warning_that_says_what_is_not_exact(
+    shards: Path, workers: int
+) -> None:
+    with pytest.warns(UnindexedWarning, match="cannot be indexed.*come again or stay away.*resuming"):
+        source = piped(shards, workers=workers)
+    batches = take(source, 12, start=240)
+    assert {batch.images.shape for batch in batches} == {(12, 3, 16, 16)}
+    assert [batch.next_sample for batch in batches] == list(range(252, 252 + 12 * 12, 12))
+    assert {key.split("/")[0] for batch in batches for key in batch.keys} == {"pipe"}
+    numbers = torch.tensor([int(key[-4:]) for batch in batches for key in batch.keys])
+    assert set(numbers.tolist()) <= set(range(50, 100)) and len(set(numbers.tolist())) > 30
+    tokens = torch.cat([batch.tokens for batch in batches])
+    assert torch.equal(tokens, PREPROCESS.tokenize([f"caption {i % 10}" for i in numbers.tolist()]))
+
+
+def test_pipes_differ_between_ranks_and_repeat_with_the_seed(shards: Path) -> None:
+    with pytest.warns(UnindexedWarning):
+        a, b = (digest(take(piped(shards), 4)) for _ in range(2))
+        c = digest(
+            take(
+                loader(
+                    shards,
+                    train=f"pipe:cat {shards}/s3.tar",
+                    allow_pipe=True,
+                    batch_size=24,
+                    world=World(rank=1, size=2),
+                ),
+                4,
+            )
+        )
+    assert a == b != c
+
+
+def test_a_pipe_needs_permission(shards: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.allow_pipe = true"):
+        loader(shards, train=f"pipe:cat {shards}/s3.tar")
+
+
+@pytest.mark.parametrize("command", ["false", "printf x #", "true"])
+def test_a_pipe_that_fails_or_gives_nothing_is_an_error_and_not_a_hang(shards: Path, command: str) -> None:
+    with pytest.warns(UnindexedWarning):
+        source = piped(shards, command, workers=1)
+    with pytest.raises(DataError, match=r"^data\.train = 'pipe:") as caught:
+        take(source, 1)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="its size is unknown"):
+        source.num_samples  # noqa: B018
