@@ -169,6 +169,9 @@ class TorchTiles:
         self._acc = torch.float64 if u.dtype == torch.float64 else torch.float32
         self._size = min(tile[0], len(u)) * min(tile[1], len(v))
         self._buffers: dict[str, Tensor] = {}
+        kappas = [exponent.shared or math.inf for exponent in exponents]
+        self._order = sorted(range(len(kappas)), key=kappas.__getitem__)
+        self._parts = _as_sums(kappas)
 
     def _buffer(self, name: str, shape: tuple[int, int]) -> Tensor:
         if name not in self._buffers:
@@ -193,10 +196,10 @@ class TorchTiles:
             row_softplus = -logsigmoid(cosines.mul(-scale).sub_(bias)).sum(1)
         row_max = cosines.amax(1)
         col_max = cosines.amax(0) if two_sided else row_max
-        lses = [
-            self._tile_lse(exponent, cosines, tile, row_max, col_max, two_sided)
-            for exponent in self._exponents
-        ]
+        lses: list[tuple[Tensor, Tensor]] = [(row_max, col_max)] * len(self._exponents)
+        made: dict[float, tuple[float, Tensor]] = {}
+        for k in self._order:
+            lses[k] = self._tile_lse(k, cosines, tile, row_max, col_max, two_sided, made)
         row_lse = torch.stack([rows for rows, _ in lses], 1) if lses else cosines.new_zeros(len(cosines), 0)
         col_lse = (
             torch.stack([cols for _, cols in lses], 1) if lses else cosines.new_zeros(cosines.shape[1], 0)
@@ -213,20 +216,30 @@ class TorchTiles:
 
     def _tile_lse(
         self,
-        exponent: Exponent,
+        k: int,
         cosines: Tensor,
         tile: Tile,
         row_max: Tensor,
         col_max: Tensor,
         two_sided: bool,
+        made: dict[float, tuple[float, Tensor]],
     ) -> tuple[Tensor, Tensor]:
-        scratch = self._buffer("scratch", (cosines.shape[0], cosines.shape[1]))
-        shift = None if exponent.shared is None else _common_shift(exponent.shared, row_max, col_max)
-        if shift is not None and exponent.shared is not None:
-            _exp_of_shifted(cosines, exponent.shared, shift, out=scratch)
+        """made: exp(kappa (c - top)) of smaller kappas, with their top: a product of two saves an exp."""
+        exponent, shape = self._exponents[k], (cosines.shape[0], cosines.shape[1])
+        kappa = exponent.shared
+        top = None if kappa is None else _common_top(kappa, row_max, col_max)
+        if kappa is not None and top is not None:
+            out = self._buffer("scratch" if k == self._order[-1] else f"exponential {k}", shape)
+            one, other = (made.get(part, (None, out)) for part in self._parts.get(kappa, (-1.0, -1.0)))
+            if one[0] == other[0] == top:
+                torch.mul(one[1], other[1], out=out)
+            else:
+                _exp_of_shifted(cosines, kappa, kappa * top, out=out)
+            made[kappa] = top, out
             # Products with ones: faster than sums, for BLAS needs no barrier between threads here.
-            rows = _log_of_sum(scratch @ scratch.new_ones(scratch.shape[1]), shift)
-            return rows, _log_of_sum(scratch.new_ones(len(scratch)) @ scratch, shift) if two_sided else rows
+            rows = _log_of_sum(out @ out.new_ones(out.shape[1]), kappa * top)
+            return rows, _log_of_sum(out.new_ones(len(out)) @ out, kappa * top) if two_sided else rows
+        scratch = self._buffer("scratch", shape)
         rows = _one_sided_lse(exponent.column(0, tile), cosines, scratch, row_max[:, None], 1)
         if not two_sided:
             return rows, rows
@@ -275,15 +288,25 @@ class TorchTiles:
         out.addmm_(a, b.to(self._acc))
 
 
-def _common_shift(kappa: float, row_max: Tensor, col_max: Tensor) -> float | None:
-    """A shift under which exp(kappa c - shift) keeps every row's and every column's sum in range, if there is
-    one.
+def _as_sums(kappas: list[float]) -> dict[float, tuple[float, float]]:
+    """Which kappas are the sum of two smaller ones, and of which."""
+    return {
+        whole: (one, other)
+        for one in kappas
+        for other in kappas
+        for whole in kappas
+        if whole < math.inf and math.isclose(one + other, whole, rel_tol=1e-12)
+    }
+
+
+def _common_top(kappa: float, row_max: Tensor, col_max: Tensor) -> float | None:
+    """A top under which exp(kappa (c - top)) keeps all sums of rows and columns in range, if there is one.
 
     Cosines span at most 2, so moderate temperatures need no look at the tile. On CUDA no such look is taken:
     it would make the host wait for the device at every tile.
     """
     if 2.02 * kappa < SAFE_SPAN:
-        return kappa
+        return 1.0
     if row_max.is_cuda:
         return None
     maxima = torch.cat([row_max, col_max])
@@ -291,7 +314,7 @@ def _common_shift(kappa: float, row_max: Tensor, col_max: Tensor) -> float | Non
     if len(maxima) == 0:
         return 0.0
     low, high = torch.aminmax(maxima)
-    return kappa * float(high) if kappa * float(high - low) < SAFE_SPAN / 2 else None
+    return float(high) if kappa * float(high - low) < SAFE_SPAN / 2 else None
 
 
 def _exp_of_shifted(cosines: Tensor, kappa: float, shift: float, *, out: Tensor) -> Tensor:
