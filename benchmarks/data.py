@@ -1,7 +1,7 @@
 """Reads, decodes, loads and builds side by side with the tools that others use, in one run, and prints the
 ratios.
 
-    python benchmarks/data.py [--photos SHARDS] [--json OUT]
+    python benchmarks/data.py [--photos SHARD] [--only PART...] [--json OUT]
 
 Peers: webdataset (reading), Pillow + torchvision's classic pipeline (decode and augment), open_clip's
 training loader. Every figure is the median of interleaved rounds, on one core but for the whole loaders,
@@ -314,6 +314,7 @@ def main() -> int:
     parser.add_argument(
         "--photos", type=Path, default=ROOT / "../shared/data/photos/photos-00000.tar", help="one shard"
     )
+    parser.add_argument("--only", nargs="+", choices=("order", "reading", "decoding", "loading", "building"))
     parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args()
     assert importlib.util.find_spec("simplejpeg"), (
@@ -324,14 +325,15 @@ def main() -> int:
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        for part in (
-            bench_order,
-            lambda: bench_reading(photos, scratch),
-            lambda: bench_decoding(photos),
-            lambda: bench_loaders(photos, scratch),
-            lambda: bench_building(photos, scratch),
-        ):
-            for name, value in part().items():
+        parts: dict[str, Callable[[], dict[str, float]]] = {
+            "order": bench_order,
+            "reading": lambda: bench_reading(photos, scratch),
+            "decoding": lambda: bench_decoding(photos),
+            "loading": lambda: bench_loaders(photos, scratch),
+            "building": lambda: bench_building(photos, scratch),
+        }
+        for part in args.only or parts:
+            for name, value in parts[part]().items():
                 figures[name] = value
                 target = f"  (wanted: {TARGETS[name]:g} or more)" if name in TARGETS else ""
                 print(f"{name:36} {value:12.2f}{target}", flush=True)

@@ -108,8 +108,7 @@ class ShardIndex:
 
     def extent(self, sample: int) -> Extent | None:
         """All of a sample in one piece, or None where something else lies between its members."""
-        start, end, check, whole = self._extents
-        return Extent(start[sample], end[sample], check[sample]) if whole[sample] else None
+        return self._extents[sample]
 
     @cached_property
     def _firsts(self) -> list[int]:
@@ -132,15 +131,16 @@ class ShardIndex:
         )
 
     @cached_property
-    def _extents(self) -> tuple[list[int], list[int], list[int], list[bool]]:
+    def _extents(self) -> list[Extent | None]:
         if not self.keys:
-            return [], [], [], []
+            return []
         first, last = self.first_member[:-1], self.first_member[1:] - 1
         ends = self.offset + self.size + -self.size % BLOCK
         start, end = self.header_offset[first], ends[last]
         check = np.add.reduceat(self.checksum, first)
         whole = np.add.reduceat(ends - self.header_offset, first) == end - start
-        return start.tolist(), end.tolist(), check.tolist(), whole.tolist()
+        extents = map(Extent, start.tolist(), end.tolist(), check.tolist())
+        return [extent if sound else None for extent, sound in zip(extents, whole.tolist(), strict=True)]
 
     def payloads(self, sample: int, data: bytes, start: int) -> dict[str, bytes]:
         """Extension to payload, cut out of `data`, the tar's bytes from `start` on."""
@@ -148,9 +148,10 @@ class ShardIndex:
         names = self._names
         out: dict[str, bytes] = {}
         for m in range(self._firsts[sample], self._firsts[sample + 1]):
-            if names[m] not in out:
+            name = names[m]
+            if name not in out:
                 at = offset[m] - start
-                out[names[m]] = data[at : at + size[m]]
+                out[name] = data[at : at + size[m]]
         return out
 
     def payload_digest(self, sample: int, extension: str) -> bytes:

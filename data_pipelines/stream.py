@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -207,14 +207,13 @@ class Reader:
         """Raises SampleError if it cannot be used as it is stored, RemovedError if it must not be,
         ShardError."""
         shard, position = self.locate(sample)
-        entry = self.manifest.shards[shard]
         opened = self._opened(shard)
         if position in opened.removed:
             raise RemovedError(f"removed: {opened.removed[position]}")
         payloads = _read_members(opened, position)
-        key = f"{entry.name}/{opened.index.keys[position]}"
         # The index knows the hash of the image already, and the checksum vouches for the bytes.
-        return parse_sample(key, payloads, self.options, partial(opened.index.payload_digest, position))
+        digest = opened.index.payload_digest(position, _image_extension(payloads))
+        return parse_sample(f"{opened.name}/{opened.index.keys[position]}", payloads, self.options, digest)
 
     def members(self, sample: int) -> dict[str, bytes]:
         """Every member of a sample, checked against the index. Raises SampleError, ShardError."""
@@ -231,9 +230,10 @@ class Reader:
         return self._opened(shard).index
 
     def _opened(self, shard: int) -> _OpenShard:
-        if shard in self._open:
+        found = self._open.get(shard)
+        if found is not None:
             self._open.move_to_end(shard)
-            return self._open[shard]
+            return found
         while len(self._open) >= self._max_open:
             self._open.popitem(last=False)[1].close()
         entry = self.manifest.shards[shard]
@@ -242,7 +242,7 @@ class Reader:
         if self.options.removals:
             urls = None if is_remote(entry.url) else shard_urls(entry.url)
             removed = removed_samples(self.options.removals, index, shard_name=entry.name, urls=urls)
-        self._open[shard] = _OpenShard(index, removed, lambda: self._open_file(entry))
+        self._open[shard] = _OpenShard(entry.name, index, removed, lambda: self._open_file(entry))
         return self._open[shard]
 
     def __getstate__(self) -> dict[str, object]:
@@ -257,8 +257,9 @@ class _OpenShard:
     """An index, and the file behind it once bytes are asked for."""
 
     def __init__(
-        self, index: ShardIndex, removed: dict[int, str], open_file: Callable[[], ShardFile]
+        self, name: str, index: ShardIndex, removed: dict[int, str], open_file: Callable[[], ShardFile]
     ) -> None:
+        self.name = name
         self.index = index
         self.removed = removed
         self._open_file = open_file
@@ -282,15 +283,15 @@ def parse_sample(
     key: str,
     payloads: Mapping[str, bytes],
     options: ReadOptions,
-    digest_of: Callable[[str], bytes] | None = None,
+    digest: bytes | None = None,
 ) -> RawSample:
-    """What the members of a sample mean. `digest_of`: gives the hash of a member where an index knows it.
+    """What the members of a sample mean. `digest`: of the image, where an index knows it.
 
     Raises SampleError if it cannot be used, RemovedError if it must not be.
     """
     extension = _image_extension(payloads)
     image = payloads[extension]
-    digest = payload_digest(image) if digest_of is None else digest_of(extension)
+    digest = digest or payload_digest(image)
     if options.removals:
         # Shards of other tools carry the URL in KEY.json and have no Parquet file beside them.
         url = rights_of_json(payloads["json"]).get("url") if "json" in payloads else None
