@@ -184,8 +184,10 @@ def _compare_with_index(
             if index.position(key) != position:
                 continue  # a repeated key: the archive's own walk has told
             found = samples.setdefault(key, _Found({}, set()))
+            there = built.position(key)
+            places = {} if there is None else built.members(there)
             for extension, span in index.members(position).items():
-                _compare_member(file, key, extension, span, found, report)
+                _compare_member(file, key, extension, span, places.get(extension), found, report)
     finally:
         file.close()
     known = set(index.keys)
@@ -196,8 +198,9 @@ def _compare_with_index(
 
 
 def _compare_member(
-    file: LocalFile, key: str, extension: str, span: Span, found: _Found, report: _Report
+    file: LocalFile, key: str, extension: str, span: Span, place: Span | None, found: _Found, report: _Report
 ) -> None:
+    """`span` is where the index says that the member is, `place` where the archive has it."""
     payload = found.members.get(extension)
     if payload is None:
         payload = file.read(span.offset, span.offset + span.size)
@@ -213,6 +216,12 @@ def _compare_member(
         report("payload", f".{extension} has other bytes than its index knows", key, span.offset)
         found.sound = False
         return
+    elif place is not None and place.header_offset != span.header_offset:
+        detail = f".{extension} lies at another place than its index knows"
+        report("index", detail, key, place.header_offset)
+    elif place is not None and place.checksum != span.checksum:
+        # Its bytes are right, yet readers that check whole blocks will not take it.
+        report("structure", f"the header or padding of .{extension} has changed", key, span.header_offset)
     found.vouched.add(extension)
 
 
