@@ -59,7 +59,12 @@ NAMES = ("single", "simple", "ensemble", "openai")
 
 def load_templates(name_or_file: str) -> tuple[str, ...]:
     """A named set, or a UTF-8 file with one template a line, `{}` or `{c}` in each. Raises ConfigError."""
-    match name_or_file:
+    return named_templates(name_or_file) or _of_file(Path(name_or_file))
+
+
+def named_templates(name: str) -> tuple[str, ...] | None:
+    """One of NAMES; None for any other name. Never looks at files."""
+    match name:
         case "single":
             return SINGLE
         case "simple":
@@ -69,7 +74,7 @@ def load_templates(name_or_file: str) -> tuple[str, ...]:
         case "openai":
             return _of_open_clip()
         case _:
-            return _of_file(Path(name_or_file))
+            return None
 
 
 def fill(template: str, classname: str) -> str:
