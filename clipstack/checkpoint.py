@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -216,6 +216,17 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-????????") if path.is_dir())
 
 
+def sound_checkpoints(folder: Path) -> Iterator[Path]:
+    """Those that are whole, newest first."""
+    return (path for path in reversed(checkpoints(folder)) if damage(path) is None)
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    """What the loop kept in a checkpoint; see Snapshot.progress."""
+    progress: dict[str, Any] = _read_json(path / STATE_FILE)["progress"]
+    return progress
+
+
 def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and a line on each newer one that is not."""
     damaged: list[str] = []
@@ -230,12 +241,19 @@ def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
 def prune(
     folder: Path, *, keep_last: int, keep_every_steps: int | None = None, keep: Path | None = None
 ) -> None:
-    """Remove all but the newest `keep_last` checkpoints, those at multiples of `keep_every_steps`, and
-    `keep`."""
+    """Remove all but the newest `keep_last` checkpoints, those at multiples of `keep_every_steps`,
+    and `keep`.
+
+    Raises CheckpointError.
+    """
     for path in checkpoints(folder)[:-keep_last]:
         step = int(path.name.removeprefix("step-"))
         if path != keep and not (keep_every_steps and step % keep_every_steps == 0):
-            shutil.rmtree(path)
+            try:
+                (path / MANIFEST_FILE).unlink(missing_ok=True)  # first: what is left of it is no checkpoint
+                shutil.rmtree(path)
+            except OSError as error:
+                raise CheckpointError(f"{path}: an old checkpoint could not be removed ({error})") from error
 
 
 # ---- Exported models ----
@@ -268,18 +286,25 @@ def fingerprint_of(record: ModelRecord, weights: Mapping[str, Tensor]) -> str:
 
 
 def export_model(
-    run_or_checkpoint: Path | str, out_dir: Path | str, *, evaluations: Sequence[Mapping[str, Any]] = ()
+    run_or_checkpoint: Path | str,
+    out_dir: Path | str,
+    *,
+    evaluations: Sequence[Mapping[str, Any]] = (),
+    average: bool = False,
 ) -> Path:
     """Write the folder that open_clip loads alone: its config, safetensors, our record, model and data card.
 
     Reads a run folder (its newest sound checkpoint), a checkpoint, or an exported folder. `evaluations`: what
-    `clipstack eval --json` wrote, for the cards. Returns `out_dir`. Raises CheckpointError.
+    `clipstack eval --json` wrote, for the cards. `average`: the moving average of the weights, which a
+    checkpoint has where the recipe asks for one. Returns `out_dir`. Raises CheckpointError.
     """
     source, out = Path(run_or_checkpoint), Path(out_dir)
     if out.exists() and any(out.iterdir()) and not (out / CONFIG_FILE).is_file():
         raise CheckpointError(f"--output {out}: holds other files; name a new or empty folder")
     path = _weights_folder(source, prefer_export=False)
     record, max_logit_scale, weights = _read_weights(path)
+    if average:
+        weights = _read_tensors(path / AVERAGE_FILE)
     about = {
         "format": FORMAT,
         "fingerprint": fingerprint_of(record, weights),
@@ -294,12 +319,15 @@ def export_model(
                 f"({about['fingerprint']}); evaluate {source} itself"
             )
     facts = _facts(source, record, weights, about, evaluations)
-    with whole_folder(out) as beside:
-        save_file(weights, beside / WEIGHTS_FILE)
-        (beside / CONFIG_FILE).write_text(record.to_json() + "\n", encoding="utf-8")
-        (beside / RECORD_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        (beside / MODEL_CARD).write_text(model_card(facts), encoding="utf-8")
-        (beside / DATA_CARD).write_text(data_card(facts), encoding="utf-8")
+    try:
+        with whole_folder(out) as beside:
+            save_file(weights, beside / WEIGHTS_FILE)
+            (beside / CONFIG_FILE).write_text(record.to_json() + "\n", encoding="utf-8")
+            (beside / RECORD_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+            (beside / MODEL_CARD).write_text(model_card(facts), encoding="utf-8")
+            (beside / DATA_CARD).write_text(data_card(facts), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{out}: could not be written ({error}); make room and export again") from error
     return out
 
 
@@ -447,11 +475,14 @@ def _read_weights(path: Path) -> tuple[ModelRecord, float, dict[str, Tensor]]:
             "use the version that wrote it"
         )
     record = record_of_tables(config["model_cfg"], config.get("preprocess_cfg", {}))
-    return record, float(about.get("max_logit_scale", DEFAULT_MAX_LOGIT_SCALE)), _read_tensors(path)
+    return (
+        record,
+        float(about.get("max_logit_scale", DEFAULT_MAX_LOGIT_SCALE)),
+        _read_tensors(path / WEIGHTS_FILE),
+    )
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    file = path / WEIGHTS_FILE
+def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except FileNotFoundError:

@@ -1,4 +1,5 @@
-"""`--dry-run`: the first batch as a picture, the model's size, the memory it will take, and what would run."""
+"""`--dry-run`: the first batch as a picture, the model's size, the memory it will take, and what would
+run."""
 
 from __future__ import annotations
 
@@ -62,19 +63,24 @@ def describe(recipe: Recipe, model: ClipModel, world: World, zero_stage: int, nu
     epochs = recipe.train.steps * recipe.train.batch_size / num_samples
     return [
         f"run folder       {recipe.run.dir}",
-        f"parameters       {total:,} (image tower {counts['image']:,}, text tower {counts['text']:,}; {trained:,} train)",
+        f"parameters       {total:,} (image tower {counts['image']:,}, text tower {counts['text']:,}; "
+        f"{trained:,} train)",
         f"objective        {recipe.objective.name}",
-        f"data             {num_samples:,} samples; {recipe.train.steps:,} steps of {recipe.train.batch_size} = {epochs:.2f} epochs",
-        f"ranks            {world.size} on {world.device.type}, {recipe.train.batch_size // world.size} pairs each a step",
+        f"data             {num_samples:,} samples; {recipe.train.steps:,} steps of "
+        f"{recipe.train.batch_size} = {epochs:.2f} epochs",
+        f"ranks            {world.size} on {world.device.type}, {recipe.train.batch_size // world.size} "
+        "pairs each a step",
         f"precision        {recipe.train.precision}",
         f"ZeRO stage       {zero_stage}",
-        f"memory a rank    {state_bytes(total, trained, zero_stage, world.size) / GIB:.2f} GiB of weights, gradients and optimizer "
+        f"memory a rank    {state_bytes(total, trained, zero_stage, world.size) / GIB:.2f} GiB of weights, "
+        "gradients and optimizer "
         "state, without activations",
     ]
 
 
 def state_bytes(total: int, trained: int, zero_stage: int, world_size: int) -> int:
-    """Bytes a rank for weights (4 each), gradients (4) and AdamW's master copy and moments (12; 8 at stage 0)."""
+    """Bytes a rank for weights (4 each), gradients (4) and AdamW's master copy and moments (12; 8 at stage
+    0)."""
     weights = 4 * total // (world_size if zero_stage == 3 else 1)
     gradients = 4 * trained // (world_size if zero_stage >= 2 else 1)
     optimizer = 8 * trained if zero_stage == 0 else 12 * trained // world_size

@@ -32,10 +32,12 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
+    set_z3_leaf_modules,
 )
 from torch import Tensor, nn
 
 from clipstack.config import OptimConfig, Recipe
+from clipstack.dropout import key_dropouts
 from clipstack.errors import ConfigError
 from clipstack.losses.types import Embeddings
 from clipstack.model import ClipModel, open_clip_weights, plain_weight
@@ -43,6 +45,7 @@ from clipstack.world import World, current_world
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+COMPILE_BACKEND = "inductor"
 Precision = Literal["fp32", "bf16"]
 # bf16 has to win clearly, so that two equal launches decide alike.
 BF16_MIN_SPEEDUP = 1.15
@@ -51,10 +54,11 @@ BF16_MIN_SPEEDUP = 1.15
 def start_distributed(*, timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     """Join the process group that the launcher named, or make one of a single process.
 
-    The shared-memory extension that DeepSpeed would compile on a CPU is left out: gloo serves, and a machine without a
-    compiler trains too (docs/decisions/no-compiler.md).
+    The shared-memory extension that DeepSpeed would compile on a CPU is left out: gloo serves, and a machine
+    without a compiler trains too (docs/decisions/no-compiler.md).
     """
-    # torch's new names for its collectives; DeepSpeed still calls them by the old ones, which warn at every call.
+    # torch's new names for its collectives; DeepSpeed still calls them by the old ones, which warn at every
+    # call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     for name, value in _lonely_launch().items():
         os.environ.setdefault(name, value)
@@ -91,13 +95,16 @@ def stop_distributed() -> None:
 
 @dataclass(frozen=True)
 class StepResult:
-    """grad_norm: of the whole averaged gradient, before clipping."""
+    """grad_norm: of the whole averaged gradient, before clipping. applied: False where it was not finite,
+    which leaves weights and optimizer as they were."""
 
     grad_norm: float
+    applied: bool
 
 
 class Engine:
-    """A sharded model with its optimizer. Every method is collective: all ranks call it, in the same order."""
+    """A sharded model with its optimizer. Every method is collective: all ranks call it, in the same
+    order."""
 
     def __init__(
         self,
@@ -113,7 +120,10 @@ class Engine:
             recipe, world_size=world.size, precision=recipe.train.precision, user_config=user_config or {}
         )
         self.zero_stage = int(self.config["zero_optimization"]["stage"])
-        self._grad_clip_norm = recipe.optim.grad_clip_norm
+        self._is_compiled = recipe.model.compile
+        self._dropout = key_dropouts(model)
+        if self._is_compiled:
+            compile_blocks(model, zero_stage=self.zero_stage)
         model.to(world.device)
         optimizer = make_optimizer(model, recipe.optim)
         self._engine, _, _, _ = deepspeed.initialize(
@@ -121,8 +131,12 @@ class Engine:
         )
         self.model = cast(ClipModel, self._engine.module)
 
-    def forward(self, images: Tensor | None, tokens: Tensor | None) -> Embeddings:
-        """Both towers in the engine's precision; see ClipModel.forward."""
+    def forward(
+        self, images: Tensor | None, tokens: Tensor | None, *, dropout_keys: Tensor | None = None
+    ) -> Embeddings:
+        """Both towers in the engine's precision; see ClipModel.forward. dropout_keys: (B,) from
+        `dropout.row_keys`, needed in training only."""
+        self._dropout.rows = dropout_keys
         return cast(Embeddings, self._engine(images, tokens))
 
     def train(self) -> None:
@@ -142,29 +156,51 @@ class Engine:
             return cast(Embeddings, self.model(None, tokens)).text
 
     def trim_tokens(self, tokens: Tensor) -> Tensor:
-        return self.model.trim_tokens(tokens)
+        """See ClipModel.trim_tokens. A compiled model gets one length only, since it would be compiled again
+        for each."""
+        return tokens if self._is_compiled else self.model.trim_tokens(tokens)
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of the mean of the ranks' losses, averaged over ranks."""
-        self._engine.backward(loss)
+        """Gradients of the mean of the ranks' losses, averaged over ranks; once for each micro-batch of a
+        step.
+
+        They add up over micro-batches undivided: what a micro-batch hands in is its part of the whole loss.
+        """
+        self._engine.backward(loss, scale_wrt_gas=False)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # counts the micro-batch, and does nothing else
 
     def step(self, lr: float) -> StepResult:
-        """Clip, update with learning rate `lr`, clear the gradients."""
+        """Clip, update with learning rate `lr`, clear the gradients. A gradient that is not finite is dropped
+        instead."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        unsharded_norm = self._unsharded_grad_norm() if self.zero_stage == 0 else None
+        return self._step_unsharded() if self.zero_stage == 0 else self._step_sharded()
+
+    def _step_sharded(self) -> StepResult:
+        self._engine.step()  # DeepSpeed itself refuses a norm that is not finite, on all ranks
+        return StepResult(
+            grad_norm=float(self._engine.get_global_grad_norm()), applied=self._engine.was_step_applied()
+        )
+
+    def _step_unsharded(self) -> StepResult:
+        norm = self._unsharded_grad_norm()
+        if not bool(torch.isfinite(norm)):
+            self._engine.zero_grad()
+            self._engine.micro_steps += 1  # what step() would have counted
+            return StepResult(grad_norm=float(norm), applied=False)
         self._engine.step()
-        norm = unsharded_norm if unsharded_norm is not None else self._engine.get_global_grad_norm()
-        return StepResult(grad_norm=float(norm))
+        return StepResult(grad_norm=float(norm), applied=True)
 
     def _unsharded_grad_norm(self) -> Tensor:
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(grads)
 
     def weights(self) -> dict[str, Tensor]:
-        """The towers' whole fp32 state on the CPU, as open_clip stores it. Complete on rank 0; elsewhere it may be empty."""
+        """The towers' whole fp32 state on the CPU, as open_clip stores it. Complete on rank 0; elsewhere it
+        may be empty."""
         if self.zero_stage < 3:
-            return open_clip_weights(self.model.towers)
+            return open_clip_weights(self.model.towers) if self.world.is_main else {}
         gathered = self._engine._zero3_consolidated_16bit_state_dict() or {}
         names = {name: name.removeprefix("towers.") for name in gathered}
         return {names[name]: plain_weight(names[name], tensor) for name, tensor in gathered.items()}
@@ -185,10 +221,42 @@ class Engine:
             if name in weights:
                 buffer.copy_(weights[name])
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """AdamW's state, whole and by parameter name, on the CPU: "exp_avg.NAME", "exp_avg_sq.NAME" and "step".
+    def parts(self) -> dict[str, Tensor]:
+        """This rank's part of the trained parameters, by name, to read: at stage 3 its partition; below it
+        all of them on the main rank and none elsewhere."""
+        if self.zero_stage == 3:
+            return {name: p.ds_tensor for name, p in self._trained()}  # type: ignore[attr-defined]
+        return {name: p.data for name, p in self._trained()} if self.world.is_main else {}
 
-        It says nothing of ranks or stages, so any world size and any stage can load it. Before the first step it is {}.
+    def whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """From every rank's parts to whole tensors on the CPU, as `weights` gives them; complete on rank
+        0."""
+        if self.zero_stage < 3:
+            return {name: plain_weight(name, part) for name, part in parts.items()}
+        shapes = {name: p.ds_shape for name, p in self._trained()}  # type: ignore[attr-defined]
+        gathered = {name: self.world.all_gather(part.flatten()) for name, part in parts.items()}
+        return {
+            name: plain_weight(name, flat[: shapes[name].numel()].reshape(shapes[name]))
+            for name, flat in gathered.items()
+        }
+
+    def cut(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """From whole tensors to this rank's parts: the inverse of `whole`."""
+        if self.zero_stage < 3:
+            return {
+                name: whole[name].to(part.device).reshape(part.shape).clone()
+                for name, part in self.parts().items()
+            }
+        return {
+            name: self._own_part(p, whole[name].to(self.world.device)).clone() for name, p in self._trained()
+        }
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """AdamW's state, whole and by parameter name, on the CPU: "exp_avg.NAME", "exp_avg_sq.NAME" and
+        "step".
+
+        It says nothing of ranks or stages, so any world size and any stage can load it. Before the first step
+        it is {}.
         """
         inner = self._inner_optimizer()
         if not inner.state:
@@ -259,13 +327,37 @@ class Engine:
         )
 
     def _flat_parameters(self) -> list[Tensor]:
-        """What the inner optimizer's state is keyed by: this rank's flat partitions, or the parameters at stage 0."""
+        """What the inner optimizer's state is keyed by: this rank's flat partitions, or the parameters at
+        stage 0."""
         if self.zero_stage == 3:
             return list(self._engine.optimizer.fp32_partitioned_groups_flat)
         return [flat for group in self._inner_optimizer().param_groups for flat in group["params"]]
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.model.towers.named_parameters() if p.requires_grad]
+
+
+def compile_blocks(model: ClipModel, *, zero_stage: int) -> None:
+    """torch.compile each transformer block, or the image tower where it has none.
+
+    Blocks alike share what is compiled. Only `forward` is replaced: module hooks, by which stage 3 gathers
+    and frees parameters, run outside; a block is one unit to them, since a compiled one cannot gather layer
+    by layer.
+    """
+    blocks = [block for stack in _block_lists(model).values() for block in stack] or [model.towers.visual]
+    if zero_stage == 3:
+        set_z3_leaf_modules(model, list({type(block) for block in blocks}))
+    for block in blocks:
+        block.forward = torch.compile(block.forward, backend=COMPILE_BACKEND)
+
+
+def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
+    """The towers' stacks of transformer blocks, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential) and name.endswith(("resblocks", "blocks"))
+    }
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -288,7 +380,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Weight decay is for matrices and filters: not for gains, biases, logit_scale, or embeddings of position."""
+    """Weight decay is for matrices and filters: not for gains, biases, logit_scale, or embeddings of
+    position."""
     is_position = "positional_embedding" in name or "pos_embed" in name or "class_embedding" in name
     return parameter.ndim >= 2 and not is_position
 
@@ -296,14 +389,12 @@ def decays(name: str, parameter: Tensor) -> bool:
 class _Depth:
     """How many blocks lie between a parameter and its tower's output, for layer-wise learning-rate decay.
 
-    The input layers (embeddings, patch convolution) lie below all blocks; norms and projections after them are depth 0.
+    The input layers (embeddings, patch convolution) lie below all blocks; norms and projections after them
+    are depth 0.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._blocks: dict[str, int] = {}
-        for name, module in model.named_modules():
-            if isinstance(module, nn.ModuleList) and name.endswith(("resblocks", "blocks")):
-                self._blocks[name] = len(module)
+        self._blocks = {name: len(stack) for name, stack in _block_lists(model).items()}
 
     def below_output(self, name: str) -> int:
         for blocks, count in self._blocks.items():
@@ -324,9 +415,11 @@ class _Depth:
 def faster_precision(
     model: ClipModel, device: torch.device, *, batch_size: int = 8, rounds: int = 5
 ) -> Precision:
-    """fp32 or bf16 autocast, whichever is measured to be faster for a forward and backward pass of this model.
+    """fp32 or bf16 autocast, whichever is measured to be faster for a forward and backward pass of this
+    model.
 
-    Flags do not tell: CPUs that list bf16 instructions can be slower with them. The medians of alternating rounds decide.
+    Flags do not tell: CPUs that list bf16 instructions can be slower with them. The medians of alternating
+    rounds decide.
     """
     size = model.record.preprocess_cfg["size"]
     height, width = (size, size) if isinstance(size, int) else size
@@ -381,8 +474,9 @@ def read_user_config(path: Path | None) -> dict[str, Any]:
 def deepspeed_config(
     recipe: Recipe, *, world_size: int, precision: Precision, user_config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """DeepSpeed's whole configuration. The recipe owns batch, optimizer and schedule; the user's JSON, where given, owns
-    sharding and precision; its "auto" values are filled from the recipe. Raises ConfigError for a disagreement, by name.
+    """DeepSpeed's whole configuration. The recipe owns batch, optimizer and schedule; the user's JSON, where
+    given, owns sharding and precision; its "auto" values are filled from the recipe. Raises ConfigError for a
+    disagreement, by name.
     """
     owned = _owned_by_recipe(recipe, world_size)
     _refuse_disagreements(user_config, owned, recipe)
@@ -393,7 +487,8 @@ def deepspeed_config(
     }
     config = {**_defaults(recipe, precision), **theirs, **owned}
     if _enabled(user_config, "bf16"):
-        # bf16.enabled would keep the temperature itself in bf16; autocast computes the same products and keeps it in fp32.
+        # bf16.enabled would keep the temperature itself in bf16; autocast computes the same products and
+        # keeps it in fp32.
         config["torch_autocast"] = _autocast_table("bf16")
     config["zero_optimization"] = {
         **_defaults(recipe, precision)["zero_optimization"],
@@ -417,10 +512,11 @@ def user_precision(user_config: Mapping[str, Any]) -> Precision | None:
 
 def _owned_by_recipe(recipe: Recipe, world_size: int) -> dict[str, Any]:
     share = recipe.train.batch_size // world_size
+    micro = recipe.train.micro_batch_size or share
     return {
         "train_batch_size": recipe.train.batch_size,
-        "train_micro_batch_size_per_gpu": share,
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": share // micro,
         "gradient_clipping": recipe.optim.grad_clip_norm,
     }
 
@@ -436,12 +532,14 @@ def _refuse_disagreements(user_config: Mapping[str, Any], owned: Mapping[str, An
         given = user_config.get(key, "auto")
         if given not in ("auto", value):
             raise ConfigError(
-                f'--deepspeed_config: {key} = {given!r} disagrees with the recipe\'s {value!r}; set it to "auto" and use {names[key]}'
+                f"--deepspeed_config: {key} = {given!r} disagrees with the recipe's {value!r}; "
+                f'set it to "auto" and use {names[key]}'
             )
     optimizer = user_config.get("optimizer", {})
     if optimizer.get("type", "AdamW").lower() not in ("adam", "adamw", "auto"):
         raise ConfigError(
-            f"--deepspeed_config: optimizer.type = {optimizer['type']!r}: the recipe's optimizer is AdamW; remove it"
+            f"--deepspeed_config: optimizer.type = {optimizer['type']!r}: the recipe's optimizer is AdamW; "
+            "remove it"
         )
     expected = {"lr": recipe.optim.lr, "betas": list(recipe.optim.betas), "eps": recipe.optim.eps,
                 "weight_decay": recipe.optim.weight_decay}  # fmt: skip
@@ -449,13 +547,15 @@ def _refuse_disagreements(user_config: Mapping[str, Any], owned: Mapping[str, An
         given = optimizer.get("params", {}).get(key, "auto")
         if given not in ("auto", value):
             raise ConfigError(
-                f"--deepspeed_config: optimizer.params.{key} = {given!r} disagrees with the recipe's optim.{key} = {value!r}; "
+                f"--deepspeed_config: optimizer.params.{key} = {given!r} disagrees with the recipe's "
+                f"optim.{key} = {value!r}; "
                 'set it to "auto"'
             )
     for key, given in user_config.get("scheduler", {}).get("params", {}).items():
         if given != "auto":
             raise ConfigError(
-                f"--deepspeed_config: scheduler.params.{key} = {given!r}: the schedule belongs to the recipe; "
+                f"--deepspeed_config: scheduler.params.{key} = {given!r}: the schedule belongs to the "
+                "recipe; "
                 "remove it and use optim.schedule and optim.warmup_fraction"
             )
     if _enabled(user_config, "fp16"):

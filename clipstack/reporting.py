@@ -1,8 +1,10 @@
-"""What a run tells: metrics.jsonl, eval.jsonl, a progress bar or plain lines, TensorBoard, Weights & Biases."""
+"""What a run tells: metrics.jsonl, eval.jsonl, a progress bar or plain lines, TensorBoard, Weights &
+Biases."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from clipstack.config import LogConfig, Recipe
-from clipstack.errors import ConfigError
+from clipstack.errors import CheckpointError, ConfigError
 from clipstack.files import write_text
 
 METRICS_FILE, EVAL_FILE = "metrics.jsonl", "eval.jsonl"
@@ -32,13 +34,20 @@ class Reporter:
         self._run_dir = run_dir
         self._total = recipe.train.steps
         self._bar: tqdm[Any] | None = None
+        self._pending: list[tuple[Path, Mapping[str, Any]]] = []
+        self.problem: str | None = None
+        """Why lines wait to be written; None where none do."""
         self._sinks = _sinks(run_dir, recipe.log)
 
     def start(self, step: int) -> None:
-        """Drop what lies beyond `step` from the logs, and show progress from there."""
+        """Drop what lies beyond `step` from the logs, and show progress from there. Raises
+        CheckpointError."""
+        self._pending = [(path, line) for path, line in self._pending if line["step"] <= step]
         for name in (METRICS_FILE, EVAL_FILE):
             _cut_back(self._run_dir / name, step)
         if sys.stderr.isatty():
+            if self._bar is not None:
+                self._bar.close()
             self._bar = tqdm(total=self._total, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
 
     def advance(self) -> None:
@@ -47,7 +56,7 @@ class Reporter:
 
     def metrics(self, values: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl."""
-        _append(self._run_dir / METRICS_FILE, values)
+        self._append(METRICS_FILE, values)
         self._send("train", values)
         short = f"loss {values['loss']:.4f} · lr {values['lr']:.2e} · {values['samples_per_s']:.0f} samples/s"
         if self._bar is not None:
@@ -57,14 +66,14 @@ class Reporter:
 
     def evaluation(self, values: Mapping[str, Any]) -> None:
         """One line of eval.jsonl."""
-        _append(self._run_dir / EVAL_FILE, values)
+        self._append(EVAL_FILE, values)
         self._send("eval", values)
         shown = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float))
         self.say(f"step {values['step']}: {shown}")
 
     def event(self, name: str, step: int, message: str, **values: Any) -> None:
         """Something that is no ordinary step, in metrics.jsonl and on the terminal."""
-        _append(self._run_dir / METRICS_FILE, {"event": name, "step": step, "message": message, **values})
+        self._append(METRICS_FILE, {"event": name, "step": step, "message": message, **values})
         self.say(f"{name}: {message}")
 
     def say(self, line: str) -> None:
@@ -72,6 +81,25 @@ class Reporter:
             self._bar.write(line, file=sys.stderr)
         else:
             print(line, file=sys.stderr, flush=True)
+
+    def _append(self, name: str, values: Mapping[str, Any]) -> None:
+        self._pending.append((self._run_dir / name, values))
+        self.write_pending()
+
+    def write_pending(self) -> None:
+        """Write the lines that wait. Those that the disk refuses wait on: a full disk is no reason to stop
+        training."""
+        while self._pending:
+            path, values = self._pending[0]
+            try:
+                _append(path, values)
+            except OSError as error:
+                if self.problem is None:
+                    self.say(f"{path}: cannot be written ({error}); lines wait in memory until it can")
+                self.problem = f"{path} cannot be written ({error})"
+                return
+            del self._pending[0]
+        self.problem = None
 
     def close(self) -> None:
         if self._bar is not None:
@@ -90,6 +118,8 @@ class Silent(Reporter):
     def __init__(self) -> None:
         self._bar = None
         self._sinks = []
+        self._pending = []
+        self.problem = None
 
     def start(self, step: int) -> None: ...
 
@@ -108,15 +138,29 @@ def _worth_a_line(step: int, total: int) -> bool:
 
 
 def _append(path: Path, values: Mapping[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
+    """Add one line, or nothing: where there is room for half a line only, it is taken back. Raises
+    OSError."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+    except OSError:
+        if path.exists():
+            os.truncate(path, size)
+        raise
 
 
 def _cut_back(path: Path, step: int) -> None:
     """Keep the lines up to `step`: what a crash logged after its last checkpoint will be logged again."""
-    if path.exists():
-        kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
+    if not path.exists():
+        return
+    kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
+    try:
         write_text(path, "".join(kept))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be written ({error}); make room and run the same command again"
+        ) from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

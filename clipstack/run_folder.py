@@ -17,8 +17,8 @@ from clipstack.model import ClipModel, load_open_clip_weights
 from clipstack.world import World
 
 FIXED_KEYS = (
-    "seed", "model", "objective", "optim", "data.train", "data.caption", "data.lanes", "data.window_shards", "data.quantum",
-    "data.augment", "train.batch_size", "train.precision", "train.ema_decay",
+    "seed", "model", "objective", "optim", "data.train", "data.caption", "data.lanes", "data.window_shards",
+    "data.quantum", "data.augment", "train.batch_size", "train.precision", "train.ema_decay",
 )  # fmt: skip
 """What a run is: changing one of these on resume would make it another run."""
 
@@ -34,15 +34,25 @@ class Plan:
     messages: tuple[str, ...]
 
     def load(self, recipe: Recipe, model: ClipModel, world: World) -> Snapshot | None:
-        """The state to go on from, its weights put into `model`; for a new run, write its recipe. Collective."""
-        if self.resume_from is None:
-            world.from_main(lambda: write_text(recipe.run.dir / RECIPE_FILE, to_toml(recipe)))
-            return None
-        snapshot = load_snapshot(self.resume_from)
-        load_open_clip_weights(model.towers, snapshot.weights, source=str(self.resume_from))
-        model.record = snapshot.record
-        world.from_main(lambda: write_text(recipe.run.dir / RECIPE_FILE, to_toml(recipe)))
+        """The state to go on from, its weights put into `model`; for a new run, write its recipe.
+        Collective."""
+        snapshot = None
+        if self.resume_from is not None:
+            snapshot = load_snapshot(self.resume_from)
+            load_open_clip_weights(model.towers, snapshot.weights, source=str(self.resume_from))
+            model.record = snapshot.record
+        world.from_main(lambda: _write_recipe(recipe))
         return snapshot
+
+
+def _write_recipe(recipe: Recipe) -> None:
+    try:
+        write_text(recipe.run.dir / RECIPE_FILE, to_toml(recipe))
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir = {str(recipe.run.dir)!r}: cannot be written ({error}); make room or choose another "
+            "folder"
+        ) from error
 
 
 def prepare(recipe: Recipe, *, fresh: bool, dry_run: bool = False) -> Plan:
@@ -62,7 +72,8 @@ def prepare(recipe: Recipe, *, fresh: bool, dry_run: bool = False) -> Plan:
         return Plan(recipe, 0, False, None, ())
     if fresh:
         raise ConfigError(
-            f"run.dir = {str(run_dir)!r}: --fresh, but a run lies there already; choose another folder or remove it"
+            f"run.dir = {str(run_dir)!r}: --fresh, but a run lies there already; choose another folder or "
+            "remove it"
         )
     before = _saved_recipe(saved)
     recipe = _keep_precision(recipe, before)
@@ -70,7 +81,8 @@ def prepare(recipe: Recipe, *, fresh: bool, dry_run: bool = False) -> Plan:
     for key, old, new in changes:
         if key.startswith(FIXED_KEYS):
             raise ConfigError(
-                f"{key} = {new!r}: the run in {run_dir} has {old!r}; put it back, or train into another run.dir"
+                f"{key} = {new!r}: the run in {run_dir} has {old!r}; put it back, or train into another "
+                "run.dir"
             )
     newest, damaged = newest_sound(run_dir / "checkpoints")
     messages = [f"damaged checkpoint left aside: {line}" for line in damaged]
@@ -109,7 +121,8 @@ def resolve_precision(recipe: Recipe, model: ClipModel, world: World, *, decided
     if recipe.train.precision != "auto":
         if decided not in (None, recipe.train.precision):
             raise ConfigError(
-                f"train.precision = {recipe.train.precision!r}: --deepspeed_config decides {decided!r}; make them agree"
+                f"train.precision = {recipe.train.precision!r}: --deepspeed_config decides {decided!r}; make "
+                "them agree"
             )
         return recipe
     if decided is not None:
@@ -120,7 +133,8 @@ def resolve_precision(recipe: Recipe, model: ClipModel, world: World, *, decided
 
 
 def differences(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
-    """(key, old, new) of each value that differs; the run's own folder, which may have been moved, is no difference."""
+    """(key, old, new) of each value that differs; the run's own folder, which may have been moved, is no
+    difference."""
     old, new = (dict(_flat(recipe.model_dump(mode="json"))) for recipe in (before, now))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and key != "run.dir":

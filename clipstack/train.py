@@ -1,11 +1,14 @@
-"""What `deepspeed clipstack/train.py`, `torchrun clipstack/train.py` and `clipstack train` run: parse, build, fit."""
+"""What `deepspeed clipstack/train.py`, `torchrun clipstack/train.py` and `clipstack train` run: parse, build,
+fit."""
 
+# ruff: noqa: E402 - the path has to be right before anything of ours is imported
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-# Run as a script, Python looks for modules in this folder first, where ours would shadow others: look in the one above.
+# Run as a script, Python looks for modules in this folder first, where ours would shadow others: look in the
+# one above.
 _HERE = Path(__file__).resolve().parent
 if sys.path and Path(sys.path[0] or ".").resolve() == _HERE:
     sys.path[0] = str(_HERE.parent)
@@ -14,13 +17,16 @@ import argparse
 import os
 import signal
 import time
+import traceback
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from clipstack.config import Recipe, help_config, load_recipe
 from clipstack.errors import ClipstackError, ConfigError, DataError
 
 if TYPE_CHECKING:
+    from clipstack.stopping import StopRequest
     from clipstack.world import World
 
 GRACE_S = 5.0
@@ -38,17 +44,51 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(load_recipe(args.config, args.overrides), args)
     except ClipstackError as error:
         return _fail(error)
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        cause = str(error).strip().splitlines()[0].split(". ")[0]
+        print(
+            f"error: another rank ended or did not answer ({cause}); its own message tells why, and the same "
+            "command "
+            "resumes from the last checkpoint",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        return 1
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because of another rank: gloo's errors have no type of their own."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def run(recipe: Recipe, args: argparse.Namespace) -> int:
     """Build everything that the recipe names and train it."""
-    from clipstack.engine import Engine, read_user_config, start_distributed, stop_distributed, user_precision
-    from clipstack.model import build_model
-    from clipstack.run_folder import prepare, resolve_precision
-    from clipstack.trainer import fit
+    from clipstack.stopping import StopRequest
 
-    user_config = read_user_config(args.deepspeed_config)
-    world = start_distributed()
+    stop = StopRequest()
+    with stop.listening():
+        return _run(recipe, args, stop)
+
+
+def _run(recipe: Recipe, args: argparse.Namespace, stop: StopRequest) -> int:
+    with stop.leaving_at_once():
+        from clipstack.engine import (
+            Engine,
+            read_user_config,
+            start_distributed,
+            stop_distributed,
+            user_precision,
+        )
+        from clipstack.flops import peak_seconds_per_sample
+        from clipstack.model import build_model
+        from clipstack.run_folder import prepare, resolve_precision
+        from clipstack.trainer import fit
+
+        user_config = read_user_config(args.deepspeed_config)
+        world = start_distributed(timeout=timedelta(seconds=recipe.train.collective_timeout_s))
     _end_with_parent()
     check_batch(recipe, world)
     plan = world.from_main(lambda: prepare(recipe, fresh=args.fresh, dry_run=args.dry_run))
@@ -73,10 +113,12 @@ def run(recipe: Recipe, args: argparse.Namespace) -> int:
 
         return dry_run(resolved, model, world, user_config)
     snapshot = plan.load(resolved, model, world)
+    assert resolved.train.precision != "auto"
+    peak_s = peak_seconds_per_sample(model, world, resolved.train.precision)
     engine = Engine(model, resolved, world, user_config=user_config)
     if snapshot is not None:
         engine.load_optimizer_state(snapshot.optimizer)
-    outcome = fit(resolved, model, engine, world=world, resume_from=snapshot)
+    outcome = fit(resolved, engine, world=world, resume_from=snapshot, stop=stop, peak_s_per_sample=peak_s)
     stop_distributed()
     return outcome.value
 
@@ -86,13 +128,15 @@ def check_batch(recipe: Recipe, world: World) -> None:
     size = recipe.train.batch_size
     if size % world.size:
         raise ConfigError(
-            f"train.batch_size = {size}: not divisible by {world.size} ranks; take {size // world.size * world.size or world.size}"
+            f"train.batch_size = {size}: not divisible by {world.size} ranks; take "
+            f"{size // world.size * world.size or world.size}"
         )
-    micro = recipe.train.micro_batch_size
-    if micro is not None and micro != size // world.size:
+    share, micro = size // world.size, recipe.train.micro_batch_size
+    if micro is not None and (micro > share or share % micro):
+        fitting = max(m for m in range(1, share + 1) if share % m == 0 and m <= micro)
         raise ConfigError(
-            f"train.micro_batch_size = {micro}: smaller than the rank's share of {size // world.size}, and exact accumulation "
-            f"is not there yet; remove it or set train.batch_size = {micro * world.size}"
+            f"train.micro_batch_size = {micro}: does not divide the rank's share of {share}; take {fitting}, "
+            "or remove it"
         )
 
 
@@ -142,9 +186,21 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
 
 
+def _main_and_exit() -> None:
+    """Skip interpreter shutdown: after an error, leaving the process group politely would wait for the other
+    ranks."""
+    code = 1
+    try:
+        code = main()
+    except SystemExit as stop:  # argparse's, for --help or a wrong flag
+        code = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Skip interpreter shutdown: after an error, leaving the process group politely would wait for the other ranks.
-    os._exit(code)
+    _main_and_exit()

@@ -1,32 +1,43 @@
-"""The training loop: `fit()` reads top to bottom. What is done when is `due()`; how fast it learns is `lr_at()`."""
+"""The training loop: `fit()` reads top to bottom. What is done when is `due()`; how fast it learns is
+`lr_at()`."""
 
 from __future__ import annotations
 
 import math
-import signal
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from clipstack.checkpoint import Snapshot, export_model, prune, save_snapshot
+from clipstack.accumulation import Part, make_passes
+from clipstack.average import MovingAverage
+from clipstack.checkpoint import (
+    Snapshot,
+    checkpoint_name,
+    export_model,
+    load_snapshot,
+    read_progress,
+    sound_checkpoints,
+)
 from clipstack.config import OptimConfig, Recipe, to_toml
-from clipstack.engine import Engine
-from clipstack.errors import CheckpointError, DivergenceError
+from clipstack.dropout import row_keys
+from clipstack.engine import Engine, StepResult
+from clipstack.errors import ConfigError, DivergenceError
 from clipstack.evaluate import validate
+from clipstack.guard import Guard, Verdict, is_good
 from clipstack.loader import Batch, TrainLoader
 from clipstack.losses import build_objective
-from clipstack.losses.types import LossOutput
-from clipstack.model import ClipModel
+from clipstack.losses.inputs import NonFiniteError
+from clipstack.losses.types import Embeddings, LossOutput
 from clipstack.preprocess import Preprocess
 from clipstack.reporting import Reporter, Silent
+from clipstack.saver import Saver
+from clipstack.stopping import STOPPED, StopRequest
+from clipstack.telemetry import Clock
 from clipstack.world import World
 
 
@@ -34,121 +45,72 @@ class Outcome(Enum):
     """How a call of `fit` ended; the values are exit codes."""
 
     FINISHED = 0
-    STOPPED = 3
-
-
-@dataclass
-class Progress:
-    """How far a run is: all of it is in every checkpoint."""
-
-    step: int = 0
-    samples_seen: int = 0
-    best: float | None = None
-    best_step: int | None = None
-    skipped_windows: list[tuple[int, int]] = field(default_factory=list)
+    STOPPED = STOPPED
 
 
 def fit(
     recipe: Recipe,
-    model: ClipModel,
     engine: Engine,
     *,
     world: World,
     resume_from: Snapshot | None,
+    stop: StopRequest,
+    peak_s_per_sample: float | None = None,
 ) -> Outcome:
-    """Train until `recipe.train.steps`, or until a signal asks to stop. Collective."""
-    run_dir = recipe.run.dir
-    preprocess = Preprocess.from_record(model.record, augment=recipe.data.augment)
-    objective = build_objective(recipe.objective, world)
-    loader = TrainLoader(
-        recipe.data, preprocess=preprocess, batch_size=recipe.train.batch_size, world=world, seed=recipe.seed,
-        quarantine_path=run_dir / "quarantine.jsonl",
-    )  # fmt: skip
-    progress = Progress()
-    if resume_from is not None:
-        loader.check_state(resume_from.order)
-        objective.load_state_dict(resume_from.objective)
-        progress = _progress_of(resume_from)
-    reporter = Reporter(run_dir, recipe) if world.is_main else Silent()
-    reporter.start(progress.step)
+    """Train until `recipe.train.steps`, or until a signal asks to stop. Collective.
 
-    def save() -> None:
-        _save(
-            recipe, engine, objective.state_dict(), loader.state(), progress, world=world, reporter=reporter
-        )
-
-    def evaluate() -> None:
-        engine.eval()
-        values = validate(engine, preprocess, recipe, world)
-        engine.train()
-        _note_best(progress, values, recipe.eval.best_metric)
-        reporter.evaluation({"step": progress.step, "samples_seen": progress.samples_seen, **values})
-
-    stop = StopRequest()
-    clock = Clock()
-    steps = recipe.train.steps
-    last_save = time.monotonic()
-    engine.train()
+    peak_s_per_sample: what a sample would take if all devices worked at their peak, for the MFU; None where
+    that is unknown.
+    """
+    run = Training(recipe, engine, world, peak_s_per_sample=peak_s_per_sample)
+    reporter, steps = run.reporter, recipe.train.steps
     try:
-        with stop.listening():
-            for batch in _timed(loader.iterate(progress.samples_seen, progress.skipped_windows), clock):
-                if progress.step >= steps:
-                    break
-                seed_step(recipe.seed, progress.step, world.rank)
-                lr = lr_at(progress.step, recipe.optim, steps)
-                embeddings = engine.forward(
-                    preprocess.normalize(batch.images.to(world.device, non_blocking=True)),
-                    model.trim_tokens(batch.tokens).to(world.device, non_blocking=True),
-                )
-                loss = objective(
-                    embeddings,
-                    sample_ids=batch.sample_ids.to(world.device),
-                    sample_index=batch.sample_index.to(world.device),
-                    progress=progress.step / steps,
-                )
-                wants = _agree(stop, loss.total, time.monotonic() - last_save, recipe, world)
-                if wants.is_non_finite:
-                    raise DivergenceError(
-                        f"step {progress.step + 1}: the loss is not finite; resume with a smaller optim.lr or a longer "
-                        f"optim.warmup_fraction from the last checkpoint in {run_dir / 'checkpoints'}"
-                    )
-                engine.backward(loss.total)
-                grad_norm = engine.step(lr).grad_norm
-                progress.step += 1
-                progress.samples_seen = batch.next_sample
-                clock.count(recipe.train.batch_size)
-                reporter.advance()
+        if resume_from is not None:
+            run.restore(resume_from)
+        reporter.start(run.progress.step)
+        batches = run.batches()
+        while run.progress.step < steps:
+            with run.clock.waiting_for_data():
+                batch = next(batches)
+            step = run.progress.step + 1
+            lr = lr_at(run.progress.step, recipe.optim, steps)
 
-                # In this order: what is logged is in the checkpoint, and a checkpoint knows its evaluation.
-                if due(recipe.log.every_steps, progress.step, steps):
-                    reporter.metrics(
-                        _metrics(
-                            progress,
-                            loss,
-                            embeddings.logit_scale,
-                            lr=lr,
-                            grad_norm=grad_norm,
-                            clock=clock,
-                            world=world,
-                            loader=loader,
-                        )
-                    )
-                if recipe.data.val is not None and due(recipe.eval.every_steps, progress.step, steps):
-                    evaluate()
-                if wants.save or wants.stop or due(recipe.checkpoint.every_steps, progress.step, steps):
-                    save()
-                    last_save = time.monotonic()
-                if wants.stop and progress.step < steps:
-                    reporter.say(
-                        f"stopped by signal at step {progress.step}; the same command goes on from there"
-                    )
-                    return Outcome.STOPPED
-            world.from_main(lambda: export_model(run_dir, run_dir / "export"))
-            reporter.say(f"done: {progress.step} steps; the model is in {run_dir / 'export'}")
-            return Outcome.FINISHED
+            # ---- Learn, unless the step is bad ----
+            loss = run.forward(batch)
+            agreed = run.agree(loss, stop)
+            verdict = run.guard.judge_loss(step, agreed.loss)
+            if verdict is Verdict.FINE:
+                assert loss is not None and agreed.loss is not None
+                result = run.learn(loss, lr)
+                verdict = run.guard.judge_update(step, agreed.loss, applied=result.applied)
+            if verdict is Verdict.ROLL_BACK:
+                run.roll_back(step, batch.next_sample)
+                batches = run.batches()
+                continue
+            run.advance(batch)
+
+            # ---- Then what is due, in this order: what is logged is in the checkpoint, and a checkpoint
+            # knows its evaluation ----
+            if verdict is Verdict.SKIP:
+                reporter.event("step_skipped", step, run.guard.reason)
+            elif due(recipe.log.every_steps, step, steps):
+                assert loss is not None
+                reporter.metrics(run.metrics(loss, lr=lr, grad_norm=result.grad_norm))
+            if agreed.save_failed:
+                run.saver.settle()
+            if recipe.data.val is not None and due(recipe.eval.every_steps, step, steps):
+                run.evaluate()
+            if agreed.stop or step == steps:
+                run.save_for_sure()
+            elif agreed.save or due(recipe.checkpoint.every_steps, step, steps):
+                run.save()
+            if agreed.stop and step < steps:
+                reporter.say(f"stopped by signal at step {step}; the same command goes on from there")
+                return Outcome.STOPPED
+        run.export()
+        return Outcome.FINISHED
     finally:
-        loader.close()
-        reporter.close()
+        run.close()
 
 
 def due(every: int | None, step: int, steps: int) -> bool:
@@ -167,173 +129,291 @@ def lr_at(step: int, config: OptimConfig, steps: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Key the global generators, which dropout draws from, to (seed, step, rank).
+@dataclass
+class Progress:
+    """How far a run is; every checkpoint holds it."""
 
-    A resumed run then drops what the uninterrupted one would have dropped, with no generator state to save.
-    """
-    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**63
-    torch.manual_seed(mixed)
+    step: int = 0
+    samples_seen: int = 0
+    """Position in the order of the data."""
+    best: float | None = None
+    best_step: int | None = None
+    skipped_windows: list[tuple[int, int]] = field(default_factory=list)
+    """Positions [low, high) that roll-backs leave out."""
 
 
 @dataclass(frozen=True)
-class Wants:
-    """What at least one rank wants after this step."""
+class Agreed:
+    """What all ranks know about a step. loss: the mean over ranks; None where it is not finite on some
+    rank."""
 
+    loss: float | None
     stop: bool
-    is_non_finite: bool
     save: bool
+    save_failed: bool
 
 
-def _agree(stop: StopRequest, loss: Tensor, unsaved_s: float, recipe: Recipe, world: World) -> Wants:
-    """All ranks learn of a signal, of a bad loss and of the main rank's clock in one small reduction. Collective."""
-    every_s = recipe.checkpoint.every_minutes * 60
-    mine = [stop.requested, not bool(torch.isfinite(loss)), world.is_main and 0 < every_s <= unsaved_s]
-    flags = world.all_reduce(torch.tensor(mine, dtype=torch.int32, device=world.device), op=dist.ReduceOp.MAX)
-    return Wants(*(bool(flag) for flag in flags.tolist()))
+@dataclass(frozen=True)
+class StepLoss:
+    """output: what the objective gave. logit_scale: () the LOG of the scale that it was computed with."""
+
+    output: LossOutput
+    logit_scale: Tensor
 
 
-class StopRequest:
-    """Set by SIGTERM or SIGINT; the loop looks at it once a step."""
+class Training:
+    """The parts of a run, and what `fit` does with them. Every method is collective unless it says
+    otherwise."""
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(
+        self, recipe: Recipe, engine: Engine, world: World, *, peak_s_per_sample: float | None = None
+    ) -> None:
+        run_dir, train = recipe.run.dir, recipe.train
+        self.recipe, self.engine, self.world = recipe, engine, world
+        self.progress = Progress()
+        self.guard = Guard(recipe.guard)
+        self._preprocess = Preprocess.from_record(engine.model.record, augment=recipe.data.augment)
+        self._objective = build_objective(recipe.objective, world)
+        self._loader = TrainLoader(
+            recipe.data, preprocess=self._preprocess, batch_size=train.batch_size, world=world,
+            seed=recipe.seed, quarantine_path=run_dir / "quarantine.jsonl",
+        )  # fmt: skip
+        self._share = train.batch_size // world.size
+        self._passes = make_passes(
+            self._encode, engine.backward, share=self._share, micro_batch_size=train.micro_batch_size
+        )
+        self._average = None if train.ema_decay is None else MovingAverage(engine, train.ema_decay)
+        self.reporter = Reporter(run_dir, recipe) if world.is_main else Silent()
+        self.saver = Saver(run_dir / "checkpoints", recipe.checkpoint, world, self.reporter)
+        self.clock = Clock(world.device, peak_s_per_sample=peak_s_per_sample)
+        engine.train()
 
-    def listening(self) -> _Handlers:
-        return _Handlers(self)
+    # ---- One step ----
 
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+    def batches(self) -> Iterator[Batch]:
+        """This rank's shares of the global batches to come. Not collective."""
+        return self._loader.iterate(self.progress.samples_seen, self.progress.skipped_windows)
+
+    def forward(self, batch: Batch) -> StepLoss | None:
+        """The loss of the global batch; None where features or loss are not finite here."""
+        step, rank, device = self.progress.step, self.world.rank, self.world.device
+        # For dropout inside fused attention, which has no keyed form.
+        torch.manual_seed(int(row_keys(self.recipe.seed, step, torch.tensor([-1 - rank]))))
+        places = torch.arange(self._share) + rank * self._share
+        share = Part(batch.images, batch.tokens, row_keys(self.recipe.seed, step, places))
+        embeddings = self._passes.forward(share)
+        try:
+            output = self._objective(
+                embeddings,
+                sample_ids=batch.sample_ids.to(device),
+                sample_index=batch.sample_index.to(device),
+                progress=step / self.recipe.train.steps,
+            )
+        except NonFiniteError:
+            return None
+        return StepLoss(output, embeddings.logit_scale.detach())
+
+    def _encode(self, part: Part) -> Embeddings:
+        device = self.world.device
+        return self.engine.forward(
+            self._preprocess.normalize(part.images.to(device, non_blocking=True)),
+            self.engine.trim_tokens(part.tokens).to(device, non_blocking=True),
+            dropout_keys=part.keys.to(device, non_blocking=True),
+        )
+
+    def agree(self, loss: StepLoss | None, stop: StopRequest) -> Agreed:
+        """One small reduction, by which all ranks learn of a bad loss, a signal and the main rank's clock."""
+        total = math.nan if loss is None else float(loss.output.total.detach())
+        is_bad, main = not math.isfinite(total), self.world.is_main
+        mine = [
+            0.0 if is_bad else total, is_bad, stop.is_set,
+            main and self.saver.is_due_by_time(), main and self.saver.has_failed(),
+        ]  # fmt: skip
+        sums = self.world.all_reduce(
+            torch.tensor(mine, dtype=torch.float64, device=self.world.device)
+        ).tolist()
+        return Agreed(
+            loss=None if sums[1] else sums[0] / self.world.size,
+            stop=bool(sums[2]),
+            save=bool(sums[3]),
+            save_failed=bool(sums[4]),
+        )
+
+    def learn(self, loss: StepLoss, lr: float) -> StepResult:
+        """Backward pass and optimizer step."""
+        self._passes.backward(loss.output.total)
+        result = self.engine.step(lr)
+        if self._average is not None and result.applied:
+            self._average.update(self.progress.step + 1)
+        return result
+
+    def advance(self, batch: Batch) -> None:
+        """A step is done, or skipped. Not collective."""
+        self.progress.step += 1
+        self.progress.samples_seen = batch.next_sample
+        self.clock.count(self.recipe.train.batch_size)
+        self.reporter.advance()
+
+    # ---- What is due now and then ----
+
+    def metrics(self, loss: StepLoss, *, lr: float, grad_norm: float) -> dict[str, Any]:
+        """One line of metrics.jsonl: means over the ranks."""
+        terms = {
+            **loss.output.terms,
+            "loss": loss.output.total,
+            "logit_scale": loss.logit_scale,
+        }  # the LOG of the scale
+        stacked = torch.stack([value.detach().double().reshape(()) for value in terms.values()])
+        values = dict(zip(terms, self.world.mean(stacked).tolist(), strict=True))
+        return {
+            "step": self.progress.step,
+            "samples_seen": self.progress.samples_seen,
+            "epoch": self._loader.epochs(self.progress.samples_seen)[0],
+            "loss": values.pop("loss"),
+            "clip_loss": values.pop("clip_loss"),
+            "lr": lr,
+            "grad_norm": grad_norm,
+            **values,
+            **self.clock.read(),
+        }
+
+    def evaluate(self) -> None:
+        """Validate, and remember where the best value was."""
+        self.saver.settle()  # validation forks loader processes
+        self.engine.eval()
+        values = validate(self.engine, self._preprocess, self.recipe, self.world)
+        self.engine.train()
+        note_best(self.progress, values, self.recipe.eval.best_metric)
+        self.reporter.evaluation(
+            {"step": self.progress.step, "samples_seen": self.progress.samples_seen, **values}
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint while training goes on."""
+        with self.clock.saving():
+            self.saver.save(self._snapshot(), best_step=self.progress.best_step)
+
+    def save_for_sure(self) -> None:
+        """Write a checkpoint now. Raises CheckpointError."""
+        with self.clock.saving():
+            self.saver.save_for_sure(self._snapshot(), best_step=self.progress.best_step)
+
+    def export(self) -> None:
+        """Write the finished model, and the moving average and the best checkpoint where there are such, as
+        their own."""
+        run_dir, best_step = self.recipe.run.dir, self.progress.best_step
+
+        def write() -> None:
+            if self._average is not None:
+                export_model(run_dir, run_dir / "export-ema", average=True)
+            if best_step is not None:
+                export_model(run_dir / "checkpoints" / checkpoint_name(best_step), run_dir / "export-best")
+            export_model(run_dir, run_dir / "export")  # the last: a run with an export is finished
+
+        self.world.from_main(write)
+        self.reporter.say(f"done: {self.progress.step} steps; the model is in {run_dir / 'export'}")
+
+    # ---- State in and out ----
+
+    def _snapshot(self) -> Snapshot:
+        weights = self.engine.weights()
+        return Snapshot(
+            step=self.progress.step,
+            samples_seen=self.progress.samples_seen,
+            record=self.engine.model.record,
+            max_logit_scale=self.engine.model.max_logit_scale,
+            weights=weights,
+            optimizer=self.engine.optimizer_state(),
+            average=None if self._average is None else self._average.weights(weights),
+            objective=copied(self._objective.state_dict()),
+            order=self._loader.state(),
+            recipe_toml=to_toml(self.recipe),
+            progress={**asdict(self.progress), "guard": self.guard.state()},
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a snapshot whose weights and optimizer state the engine has. Raises ConfigError for
+        other data."""
+        self._loader.check_state(snapshot.order)
+        self._restore_the_rest(snapshot)
+        self.guard.restore(snapshot.progress["guard"])
+
+    def _restore_the_rest(self, snapshot: Snapshot) -> None:
+        saved = dict(snapshot.progress)
+        del saved["guard"]
+        self.progress = Progress(
+            **{**saved, "skipped_windows": [(low, high) for low, high in saved["skipped_windows"]]}
+        )
+        self._objective.load_state_dict(snapshot.objective)
+        if self._average is not None and snapshot.average is not None:
+            self._average.load_weights(snapshot.average)
+
+    def roll_back(self, step: int, next_sample: int) -> None:
+        """Go back to the newest checkpoint of good times, and leave out the data since. Raises
+        DivergenceError."""
+        self.saver.settle()
+        self.guard.count_rollback()
+        folder = self.recipe.run.dir / "checkpoints"
+        reason = self.guard.reason
+        path = self.world.from_main(lambda: newest_good(folder, reason))
+        snapshot = load_snapshot(path)
+        self.engine.load_weights(snapshot.weights)
+        self.engine.load_optimizer_state(snapshot.optimizer)
+        windows = self.progress.skipped_windows
+        self._restore_the_rest(snapshot)
+        self.guard.restore(snapshot.progress["guard"], keep_rollbacks=True)
+        window = (self.progress.samples_seen, next_sample)
+        self.progress.skipped_windows = [*windows, window]
+        # The log goes back as well, as it would if the run were killed now; the event stays, and says what
+        # happened.
+        self.reporter.start(snapshot.step)
+        self.reporter.event(
+            "rolled_back", snapshot.step,
+            f"{self.guard.reason}; back to step {snapshot.step}, leaving out samples {window[0]} to "
+            f"{window[1]} of the order",
+            from_step=step, skipped_samples=list(window),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """End processes, threads and files. Not collective."""
+        self._loader.close()
+        self.saver.close()
+        self.reporter.close()
 
 
-class _Handlers:
-    def __init__(self, handler: StopRequest) -> None:
-        self._handler = handler
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._handler)
-
-    def __exit__(self, *_: object) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
+def newest_good(folder: Path, reason: str) -> Path:
+    """The newest sound checkpoint that was not saved between skipped steps. Raises DivergenceError for
+    none."""
+    for path in sound_checkpoints(folder):
+        if is_good(read_progress(path)["guard"]):
+            return path
+    raise DivergenceError(
+        f"{reason}, and no checkpoint to go back to in {folder}; train with a smaller optim.lr or a longer "
+        "optim.warmup_fraction"
+    )
 
 
-class Clock:
-    """Throughput and the share of time spent waiting for data, since the last reading."""
-
-    def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self._start, self._waited_s, self._samples = time.perf_counter(), 0.0, 0
-
-    def waited(self, seconds: float) -> None:
-        self._waited_s += seconds
-
-    def count(self, samples: int) -> None:
-        self._samples += samples
-
-    def read(self) -> dict[str, float]:
-        elapsed = time.perf_counter() - self._start
-        out = {"samples_per_s": self._samples / elapsed, "data_wait_fraction": self._waited_s / elapsed}
-        self._reset()
-        return out
-
-
-def _timed(batches: Iterator[Batch], clock: Clock) -> Iterator[Batch]:
-    while True:
-        start = time.perf_counter()
-        batch = next(batches)
-        clock.waited(time.perf_counter() - start)
-        yield batch
-
-
-def _metrics(
-    progress: Progress, loss: LossOutput, logit_scale: Tensor, *, lr: float, grad_norm: float, clock: Clock, world: World,
-    loader: TrainLoader,
-) -> dict[str, Any]:  # fmt: skip
-    """One line of metrics.jsonl: means over the ranks. Collective."""
-    terms = {**loss.terms, "loss": loss.total, "logit_scale": logit_scale}  # the LOG of the scale
-    means = world.mean(
-        torch.stack([value.detach().double().reshape(()) for value in terms.values()])
-    ).tolist()
-    values = dict(zip(terms, means, strict=True))
-    timing = clock.read()
+def copied(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of tables whose tensors are copies: training goes on in the originals."""
     return {
-        "step": progress.step,
-        "samples_seen": progress.samples_seen,
-        "epoch": loader.epochs(progress.samples_seen)[0],
-        "loss": values.pop("loss"),
-        "clip_loss": values.pop("clip_loss"),
-        "lr": lr,
-        "grad_norm": grad_norm,
-        **values,
-        **timing,
+        name: copied(value)
+        if isinstance(value, Mapping)
+        else value.detach().to("cpu", copy=True)
+        if isinstance(value, Tensor)
+        else value
+        for name, value in tree.items()
     }
 
 
-def _save(
-    recipe: Recipe, engine: Engine, objective: Mapping[str, Any], order: Mapping[str, Any], progress: Progress, *,
-    world: World, reporter: Reporter,
-) -> None:  # fmt: skip
-    """Write a checkpoint. Every rank takes part in gathering; the main one writes. Collective."""
-    folder = recipe.run.dir / "checkpoints"
-    weights, optimizer = engine.weights(), engine.optimizer_state()
-
-    def write() -> None:
-        snapshot = Snapshot(
-            step=progress.step,
-            samples_seen=progress.samples_seen,
-            record=engine.model.record,
-            max_logit_scale=engine.model.max_logit_scale,
-            weights=weights,
-            optimizer=optimizer,
-            objective=objective,
-            order=order,
-            recipe_toml=to_toml(recipe),
-            progress={
-                "best": progress.best,
-                "best_step": progress.best_step,
-                "skipped_windows": progress.skipped_windows,
-            },
-        )
-        save_snapshot(folder, snapshot)
-        prune(
-            folder,
-            keep_last=recipe.checkpoint.keep_last,
-            keep_every_steps=recipe.checkpoint.keep_every_steps,
-            keep=_best_folder(folder, progress),
-        )
-
-    try:
-        world.from_main(write)
-    except CheckpointError as error:
-        if recipe.checkpoint.on_save_error == "stop":
-            raise
-        reporter.event("save_failed", progress.step, str(error))
-
-
-def _best_folder(folder: Path, progress: Progress) -> Path | None:
-    return None if progress.best_step is None else folder / f"step-{progress.best_step:08d}"
-
-
-def _note_best(progress: Progress, values: Mapping[str, Any], metric: str | None) -> None:
+def note_best(progress: Progress, values: Mapping[str, Any], metric: str | None) -> None:
+    """Remember this step if `metric` is better than ever: lower for a loss, higher for anything else. Raises
+    ConfigError."""
     if metric is None:
         return
+    if metric not in values:
+        raise ConfigError(
+            f"eval.best_metric = {metric!r}: validation gives {', '.join(sorted(values))}; name one of these"
+        )
     value = float(values[metric])
-    better = progress.best is None or (value < progress.best if "loss" in metric else value > progress.best)
-    if better:
+    if progress.best is None or (value < progress.best if "loss" in metric else value > progress.best):
         progress.best, progress.best_step = value, progress.step
-
-
-def _progress_of(snapshot: Snapshot) -> Progress:
-    saved = snapshot.progress
-    return Progress(
-        step=snapshot.step,
-        samples_seen=snapshot.samples_seen,
-        best=saved.get("best"),
-        best_step=saved.get("best_step"),
-        skipped_windows=[(low, high) for low, high in saved.get("skipped_windows", [])],
-    )

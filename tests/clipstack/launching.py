@@ -102,7 +102,8 @@ class Zygote:
         out = self._folder / f"job-{self._count}"
         out.mkdir()
         job = {
-            "ranks": ranks, "call": call, "argv": [str(a) for a in argv], "cwd": str(cwd or REPOSITORY), "env": dict(env or {}),
+            "ranks": ranks, "call": call, "argv": [str(a) for a in argv], "cwd": str(cwd or REPOSITORY),
+            "env": dict(env or {}),
             "out": str(out),
         }  # fmt: skip
         assert self._process.stdin is not None
@@ -110,7 +111,15 @@ class Zygote:
         self._process.stdin.flush()
         return Job(out, ranks)
 
-    def run(self, call: str, argv: Sequence[object] = (), *, ranks: int = 2, timeout_s: float = 120, **options: Any) -> Ended:
+    def run(
+        self,
+        call: str,
+        argv: Sequence[object] = (),
+        *,
+        ranks: int = 2,
+        timeout_s: float = 120,
+        **options: Any,
+    ) -> Ended:
         return self.start(call, argv, ranks=ranks, **options).wait(timeout_s)
 
     def train(self, *argv: object, ranks: int = 2, timeout_s: float = 120, **options: Any) -> Ended:

@@ -1,19 +1,32 @@
-"""What ranks do in tests, run through `launching.Zygote`: each function gets argv and returns an exit code."""
+"""What ranks do in tests, run through `launching.Zygote`: each function gets argv and returns an exit
+code."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import json
+import math
+import os
+import resource
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from deepspeed.utils import safe_get_full_grad
+from timm.layers.drop import DropPath
 from torch import Tensor
 
+from clipstack import engine as engine_module
+from clipstack import train, trainer
+from clipstack.accumulation import Part, make_passes
+from clipstack.average import MovingAverage
 from clipstack.config import Recipe, parse_recipe
-from clipstack.engine import Engine, start_distributed
+from clipstack.dropout import key_dropouts, row_keys
+from clipstack.engine import Engine, StepResult, make_optimizer, start_distributed
+from clipstack.loader import Batch
 from clipstack.losses import build_objective
-from clipstack.losses.types import Embeddings
+from clipstack.losses.types import Embeddings, LossOutput
 from clipstack.model import ClipModel, build_model
 from clipstack.world import World
 
@@ -42,7 +55,8 @@ def tiny_recipe(
 
 
 def global_batch(size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """images (B, 3, 16, 16), tokens (B, 8), sample_ids (B, 2) in which two images and two captions are equal."""
+    """images (B, 3, 16, 16), tokens (B, 8), sample_ids (B, 2) in which two images and two captions are
+    equal."""
     rng = torch.Generator().manual_seed(seed)
     images = torch.randn(size, 3, 16, 16, generator=rng)
     tokens = torch.randint(1, 62, (size, 8), generator=rng)
@@ -59,7 +73,7 @@ def reference(recipe: Recipe) -> tuple[float, dict[str, Tensor]]:
     objective = build_objective(recipe.objective, World())
     loss = objective(model(images, tokens), sample_ids=ids)
     loss.total.backward()
-    return float(loss.total), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return loss.total.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 def share(world: World, *tensors: Tensor) -> list[Tensor]:
@@ -78,7 +92,8 @@ def worst(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[flo
     """(max |difference| / max |reference|, name) of the parameter that differs most."""
     assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
     return max(
-        (float((ours[n].reshape(t.shape) - t).abs().max() / t.abs().max().clamp_min(1e-12)), n) for n, t in theirs.items()
+        (float((ours[n].reshape(t.shape) - t).abs().max() / t.abs().max().clamp_min(1e-12)), n)
+        for n, t in theirs.items()
     )
 
 
@@ -94,9 +109,242 @@ def every_stage_gives_the_gradients_of_one_process(argv: Sequence[str]) -> int:
             engine.backward(loss.total)
             error, name = worst(engine_gradients(engine), expected)
             mean = float(world.mean(loss.total.detach()))
-            print(f"{objective['name']} stage {stage}: {error:.1e} ({name}), loss {abs(mean - expected_loss):.1e}")
+            print(
+                f"{objective['name']} stage {stage}: {error:.1e} ({name}), loss "
+                f"{abs(mean - expected_loss):.1e}"
+            )
             assert error <= BOUND, (objective, stage, name, error)
             assert abs(mean - expected_loss) <= 1e-6 * abs(expected_loss)
             assert "towers.logit_scale" in expected
-            pass
+    return 0
+
+
+def _step_gradients(
+    engine: Engine, world: World, *, micro_batch_size: int | None, batch_size: int
+) -> dict[str, Tensor]:
+    """What the trainer does for a step, up to the gradients."""
+    images, tokens, ids = share(world, *global_batch(batch_size))
+    keys = row_keys(0, 5, torch.arange(len(images)) + world.rank * len(images))
+    passes = make_passes(
+        lambda part: engine.forward(part.images, part.tokens, dropout_keys=part.keys), engine.backward,
+        share=len(images), micro_batch_size=micro_batch_size,
+    )  # fmt: skip
+    objective = build_objective({"name": "hard_negative", "beta": 0.5}, world)
+    loss = objective(passes.forward(Part(images, tokens, keys)), sample_ids=ids)
+    passes.backward(loss.total)
+    return engine_gradients(engine)
+
+
+DROPOUTS = {
+    **MODEL,
+    "vision_cfg": {**MODEL["vision_cfg"], "patch_dropout": 0.5},
+}
+
+
+def _with_dropout(model: ClipModel) -> ClipModel:
+    """A model with two kinds of dropout besides patch dropout, in both towers."""
+    for tower in (model.towers.visual.transformer, model.towers.transformer):
+        for block in tower.resblocks:
+            block.mlp.add_module("drop", torch.nn.Dropout(0.3))
+            block.ls_2 = DropPath(0.3)
+    return model
+
+
+def one_pass(recipe: Recipe, change: Callable[[ClipModel], ClipModel]) -> dict[str, Tensor]:
+    """The gradients of step 5 in one process, in one pass, in fp32, without DeepSpeed."""
+    size = recipe.train.batch_size
+    plain = recipe.model.model_copy(update={"grad_checkpointing": False})
+    model = change(build_model(plain, seed=recipe.seed))
+    key_dropouts(model).rows = row_keys(0, 5, torch.arange(size))
+    images, tokens, ids = global_batch(size)
+    objective = build_objective({"name": "hard_negative", "beta": 0.5}, World())
+    objective(model(images, tokens), sample_ids=ids).total.backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def micro_batches_give_the_gradients_of_the_whole_batch(argv: Sequence[str]) -> int:
+    """At every stage, dropout of three kinds on, against one process, one pass, stage 0."""
+    world = start_distributed()
+    expected = one_pass(tiny_recipe(model=DROPOUTS, train={"batch_size": 16}), _with_dropout)
+    for stage in (0, 1, 2, 3):
+        for micro in (None, 4, 2):
+            recipe = tiny_recipe(
+                model=DROPOUTS, train={"zero_stage": stage, "batch_size": 16, "micro_batch_size": micro}
+            )
+            engine = Engine(_with_dropout(build_model(recipe.model, seed=recipe.seed)), recipe, world)
+            engine.train()
+            for step in (1, 2):  # the second must not inherit anything from the first
+                error, name = worst(
+                    _step_gradients(engine, world, micro_batch_size=micro, batch_size=16), expected
+                )
+                print(f"stage {stage}, micro-batch {micro}, step {step}: {error:.1e} ({name})")
+                assert error <= BOUND, (stage, micro, step, name, error)
+                assert engine.step(0.0).applied
+    return 0
+
+
+class _Faults:
+    """What goes wrong where, from the environment. A place is the position in the data where a batch ends, so
+    that a fault belongs to its data. Unless said otherwise it happens on the last rank.
+
+    nan_image, spike: places whose images are NaN, whose loss is a hundredfold. inf_gradient: places. crash,
+    kill: a place. disk_full: [low, high), places between which no file may grow beyond 2 MB, on all ranks.
+    """
+
+    def __init__(self, world_size: int, rank: int) -> None:
+        self._given = json.loads(os.environ["FAULTS"])
+        self.is_last = rank == world_size - 1
+        self.place = 0
+
+    def at(self, name: str) -> bool:
+        given = self._given.get(name)
+        return (
+            self.is_last
+            and given is not None
+            and self.place in (given if isinstance(given, list) else [given])
+        )
+
+    def enter(self, place: int, settle: Callable[[], None]) -> None:
+        self.place = place
+        if self.at("crash"):
+            raise ZeroDivisionError("made to fail")
+        if self.at("kill"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        low, high = self._given.get("disk_full", (0, 0))
+        if place == low:
+            settle()  # what was begun before may still be written
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        most = 2 * 10**6 if low <= place < high else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+
+
+def train_with_faults(argv: Sequence[str]) -> int:
+    """The training command, with what FAULTS asks for."""
+    faults = _Faults(int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
+
+    class Faulty(trainer.Training):
+        def forward(self, batch: Batch) -> trainer.StepLoss | None:
+            faults.enter(batch.next_sample, self.saver.settle)
+            loss = super().forward(batch)
+            if loss is not None and faults.at("spike"):
+                return replace(loss, output=LossOutput(loss.output.total * 100, loss.output.terms))
+            return loss
+
+        def _encode(self, part: Part) -> Embeddings:
+            embeddings = super()._encode(part)
+            return (
+                embeddings._replace(image=embeddings.image * math.nan)
+                if faults.at("nan_image")
+                else embeddings
+            )
+
+        def learn(self, loss: trainer.StepLoss, lr: float) -> StepResult:
+            if faults.at("inf_gradient"):
+                loss = replace(loss, output=LossOutput(loss.output.total * math.inf, loss.output.terms))
+            return super().learn(loss, lr)
+
+    trainer.Training = Faulty  # type: ignore[misc]
+    return train.main(argv)
+
+
+def a_matrix_of_settings_gives_the_gradients_of_one_process(argv: Sequence[str]) -> int:
+    """The stages in argv x (gradient checkpointing, locked towers, bf16, compiled) against plain torch in
+    fp32."""
+    world = start_distributed()
+    engine_module.COMPILE_BACKEND = (
+        "aot_eager"  # what is compiled, and how often, is the same; no C++ compiler is needed
+    )
+    settings: list[tuple[dict[str, Any], dict[str, Any], float]] = [
+        ({"grad_checkpointing": True}, {"micro_batch_size": 2}, BOUND),
+        ({"compile": True, "grad_checkpointing": True}, {}, BOUND),
+        ({"lock_image": True}, {"micro_batch_size": 2}, BOUND),
+        ({"lock_text": True}, {}, BOUND),
+        ({}, {"precision": "bf16"}, 0.05),
+        ({"compile": True}, {"micro_batch_size": 2}, BOUND),
+    ]
+    for model, settings_of_train, bound in settings:
+        for stage in map(int, argv):
+            torch._dynamo.reset()
+            recipe = tiny_recipe(
+                model={**DROPOUTS, **model},
+                train={"zero_stage": stage, "batch_size": 8, **settings_of_train},
+                optim={"grad_clip_norm": 0.0, "layer_decay": 0.7},
+            )  # fmt: skip
+            expected = one_pass(recipe, _with_dropout)
+            engine = Engine(_with_dropout(build_model(recipe.model, seed=recipe.seed)), recipe, world)
+            engine.train()
+            ours = _step_gradients(
+                engine,
+                world,
+                micro_batch_size=recipe.train.micro_batch_size,
+                batch_size=recipe.train.batch_size,
+            )
+            error, name = worst(ours, expected)
+            print(f"{model} {settings_of_train} stage {stage}: {error:.1e} ({name})", flush=True)
+            assert error <= bound, (model, settings_of_train, stage, name, error)
+            assert engine.step(1e-3).applied
+    return 0
+
+
+def updates_equal_those_of_plain_adamw(argv: Sequence[str]) -> int:
+    """Three steps with clipping, layer decay and a moving average; then the same again from the state after
+    two."""
+    world = start_distributed()
+    options = {"lr": 1e-2, "grad_clip_norm": 0.1, "layer_decay": 0.5, "eps": 1e-3, "weight_decay": 0.1}
+
+    def recipe_at(stage: int) -> Recipe:
+        return tiny_recipe(model=DROPOUTS, train={"batch_size": 8, "zero_stage": stage}, optim=options)
+
+    plain = build_model(recipe_at(0).model, seed=0)
+    key_dropouts(plain).rows = row_keys(0, 5, torch.arange(8))
+    optimizer = make_optimizer(plain, recipe_at(0).optim)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2 * group["lr_scale"]
+    averages = {n: p.detach().clone() for n, p in plain.towers.named_parameters()}
+    for step in (1, 2, 3):
+        images, tokens, ids = global_batch(8)
+        optimizer.zero_grad()
+        build_objective({"name": "hard_negative", "beta": 0.5}, World())(
+            plain(images, tokens), sample_ids=ids
+        ).total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        assert norm > 0.1, "clipping is at work"
+        optimizer.step()
+        decay = min(0.9, (1 + step) / (10 + step))
+        averages = {
+            n: decay * averages[n] + (1 - decay) * p.detach() for n, p in plain.towers.named_parameters()
+        }
+    expected = {n: p.detach() for n, p in plain.towers.named_parameters()}
+
+    for stage in (0, 1, 2, 3):
+        recipe = recipe_at(stage)
+        engine = Engine(build_model(recipe.model, seed=0), recipe, world)
+        engine.train()
+        average = MovingAverage(engine, 0.9)
+        saved: tuple[dict[str, Tensor], ...] = ()
+        for step in (1, 2, 3):
+            if step == 3:
+                weights = engine.weights()
+                saved = weights, engine.optimizer_state(), average.weights(weights)
+            _step_gradients(engine, world, micro_batch_size=None, batch_size=8)
+            result = engine.step(1e-2)
+            average.update(step)
+        assert abs(result.grad_norm / float(norm) - 1) < 1e-5, "the norm before clipping"
+        weights, averaged = (after := engine.weights()), average.weights(after)
+        error, name = max(worst(weights, expected), worst(averaged, averages)) if world.is_main else (0.0, "")
+        print(f"stage {stage}: {error:.1e} ({name})")
+        assert error <= 2e-5, (stage, name, error)
+
+        old_weights, old_state, old_average = world.gather_objects(saved)[0]
+        engine.load_weights(old_weights)
+        engine.load_optimizer_state(old_state)
+        average.load_weights(old_average)
+        _step_gradients(engine, world, micro_batch_size=None, batch_size=8)
+        engine.step(1e-2)
+        average.update(3)
+        weights_again, averaged_again = (after := engine.weights()), average.weights(after)
+        for before, now in ((weights, weights_again), (averaged, averaged_again)):
+            assert not world.is_main or all(torch.equal(before[name], now[name]) for name in before), (
+                "to the bit"
+            )
     return 0

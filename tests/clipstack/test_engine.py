@@ -9,7 +9,28 @@ from tests.clipstack.launching import Zygote
 JOBS = "tests.clipstack.rank_jobs"
 
 
-@pytest.mark.parametrize("check", ["every_stage_gives_the_gradients_of_one_process"])
+@pytest.mark.parametrize(
+    "check",
+    [
+        "every_stage_gives_the_gradients_of_one_process",
+        "micro_batches_give_the_gradients_of_the_whole_batch",
+        "updates_equal_those_of_plain_adamw",
+    ],
+)
 def test_on_two_ranks(zygote: Zygote, check: str) -> None:
     ended = zygote.run(f"{JOBS}:{check}")
+    assert ended.codes == [0, 0], ended.text
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        pytest.param(("1", "3"), id="some"),
+        pytest.param(("0", "1", "2", "3"), id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_a_matrix_of_settings_on_two_ranks(zygote: Zygote, stages: tuple[str, ...]) -> None:
+    ended = zygote.run(
+        f"{JOBS}:a_matrix_of_settings_gives_the_gradients_of_one_process", stages, timeout_s=240
+    )
     assert ended.codes == [0, 0], ended.text

@@ -35,7 +35,7 @@ every_steps = 1
 [checkpoint]
 every_steps = 4
 """
-VARYING = ("samples_per_s", "data_wait_fraction", "memory_gib", "mfu", "seconds")
+VARYING = ("samples_per_s", "data_wait_fraction", "checkpoint_wait_fraction", "memory_gib")
 """What differs between equal runs."""
 
 
@@ -46,7 +46,11 @@ def write_shards(folder: Path, sizes: tuple[int, ...] = (30, 21, 25, 24), *, sta
     for shard, size in enumerate(sizes):
         samples = []
         for i in range(number, number + size):
-            members = {"png": png(i), "txt": f"a picture of thing {i % 13} in colour {i % 7}".encode(), "cls": b"%d" % (i % 4)}
+            members = {
+                "png": png(i),
+                "txt": f"a picture of thing {i % 13} in colour {i % 7}".encode(),
+                "cls": b"%d" % (i % 4),
+            }
             samples.append(Sample(f"{i:06}", members))
         write_shard(folder / f"part-{shard:05}.tar", samples)
         number += size

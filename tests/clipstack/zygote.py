@@ -1,8 +1,9 @@
 """Starts ranks in a fraction of a second: a process that has imported everything, and forks.
 
-It reads one job a line from stdin: {"ranks", "call", "argv", "cwd", "env", "out"}. `call` is "module:function", which
-gets argv and returns an exit code. Each job has a supervisor, which leads a process group of its own, as a launcher does.
-OUT gets rank-N.log, pids.json when the ranks run, and codes.json when all have ended (negative: killed by that signal).
+It reads one job a line from stdin: {"ranks", "call", "argv", "cwd", "env", "out"}. `call` is
+"module:function", which gets argv and returns an exit code. Each job has a supervisor, which leads a process
+group of its own, as a launcher does. OUT gets rank-N.log, pids.json when the ranks run, and codes.json when
+all have ended (negative: killed by that signal).
 """
 
 from __future__ import annotations
@@ -72,7 +73,11 @@ def _run_rank(job: dict[str, Any], rank: int, port: int, out: Path) -> None:
         os.chdir(job["cwd"])
         os.environ.update(job["env"])
         os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(job["ranks"]),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
         )
         module, function = job["call"].split(":")
         code = getattr(importlib.import_module(module), function)(job["argv"]) or 0
