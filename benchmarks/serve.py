@@ -1,14 +1,17 @@
 """Serving speed: our server beside infinity and LitServe, in one run, on the same random CLIP.
 
-    python benchmarks/serve.py --infinity PYTHON --litserve PYTHON [--model small|ViT-B-32] [--rounds 10] [--json OUT]
+    python benchmarks/serve.py --infinity PYTHON --litserve PYTHON [--model small|ViT-B-32] [--rounds 10]
+    [--json OUT]
 
-PYTHON is the interpreter of an environment that has the peer: `infinity-emb[server,torch]==0.0.78 transformers<=5.0`,
-`litserve==0.2.19 open_clip_torch`. Left out, that peer is left out. Every server gets the same requests, one 640x480
-JPEG each, and every vector that comes back is compared with open_clip's own in float32.
+PYTHON is the interpreter of an environment that has the peer: `infinity-emb[server,torch]==0.0.78
+transformers<=5.0`, `litserve==0.2.19 open_clip_torch`. Left out, that peer is left out. Every server gets the
+same requests, one
+640x480 JPEG each, and every vector that comes back is compared with open_clip's own in float32.
 
-Closed loop: C clients, each with one request under way. Open loop: requests at Poisson times, timed from the moment
-they were meant to be sent, so that a server that stalls cannot hide it. Rounds alternate the order of the servers
-(ABBA), and one server is entered twice as a control (A/A): its ratio to itself shows the noise.
+Closed loop: C clients, each with one request under way. Open loop: requests at Poisson times, timed from the
+moment they were meant to be sent, so that a server that stalls cannot hide it. Rounds alternate the order of
+the
+servers (ABBA), and one server is entered twice as a control (A/A): its ratio to itself shows the noise.
 """
 
 from __future__ import annotations
@@ -472,7 +475,9 @@ async def open_loop(target: Target, rate: float, seconds: float, *, seed: int = 
 
 
 def limits(folder: Path, work: Work, *, seconds: float = 6.0) -> dict[str, float]:
-    """images/s of the forward pass alone, and of decode + preparation + forward over all cores, in plain processes."""
+    """images/s of the forward pass alone, and of decode + preparation + forward over all cores, in plain
+    processes.
+    """
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
         "from benchmarks.serve import _limit_worker\n"
@@ -541,7 +546,9 @@ def measure(peer: Peer, work: Work, scenario: Callable[[Target], Any], **options
 
 
 def rounds(found: Sequence[Peer], args: argparse.Namespace, work: Work) -> dict[str, Any]:
-    """Closed loop at each concurrency, servers up all the time, orders alternating; one server twice as control."""
+    """Closed loop at each concurrency, servers up all the time, orders alternating; one server twice as
+    control.
+    """
     entries = [(peer.name, peer) for peer in found] + (
         [("clipstack again", found[0])] if args.control else []
     )
@@ -627,7 +634,7 @@ def summary(report: dict[str, Any]) -> str:
                     report["closed"][name][str(clients)],
                     strict=True,
                 )
-                ratios = [ours["per_s"] / theirs["per_s"] for ours, theirs in pairs]
+                ratios = [ours["per_s"] / max(theirs["per_s"], 1e-9) for ours, theirs in pairs]
                 cells.append(f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})")
             lines.append(f"{'ours / ' + name:18}"[:18] + "".join(f"{cell:>26}" for cell in cells))
     best = statistics.median(

@@ -1,9 +1,9 @@
 """The LitServe side of benchmarks/serve.py: its documented batching API around the same open_clip model.
 
-python serve_litserve.py MODEL_FOLDER PORT
-"""
+    python serve_litserve.py MODEL_FOLDER PORT
 
-from __future__ import annotations
+Annotations stay objects here: LitServe reads them to find the request's type.
+"""
 
 import base64
 import io
@@ -22,7 +22,7 @@ class Embed(litserve.LitAPI):
         self.model = model.to(device).eval()
         self.tokenizer = open_clip.get_tokenizer(f"local-dir:{sys.argv[1]}")
 
-    def decode_request(self, request: dict[str, Any]) -> tuple[str, torch.Tensor]:
+    def decode_request(self, request: dict) -> tuple[str, torch.Tensor]:
         if "text" in request:
             return "text", self.tokenizer([request["text"]])[0]
         data = base64.b64decode(request["image"].partition(",")[2])

@@ -220,7 +220,7 @@ class _Reply:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            if not self.body.finished:
+            if not self.body.finished and message["status"] != ErrorCode.REQUEST_TIMEOUT.status:
                 await self.body.discard()
             self.trace.status = message["status"]
             headers = MutableHeaders(scope=message)

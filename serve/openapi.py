@@ -38,6 +38,7 @@ _OPERATIONS: dict[tuple[str, str], tuple[_Schema, str | None, dict[int, _Schema]
     ("get", "/v1/models"): (None, None, {200: schemas.ModelList}),
     ("get", "/v1/models/{model_id}"): (None, None, {200: schemas.Model}),
     ("post", "/v1/models/reload"): (schemas.ReloadRequest, None, {200: schemas.Reloaded}),
+    ("get", "/v1/gallery"): (None, None, {200: schemas.GallerySize}),
     ("post", "/v1/gallery/search"): (schemas.GallerySearch, None, {200: schemas.GalleryReply}),
     ("get", "/livez"): (None, None, {200: schemas.Health}),
     ("get", "/readyz"): (None, None, {200: schemas.Health}),

@@ -361,6 +361,13 @@ async def metrics(request: Request) -> Response:
     )
 
 
+@router.get("/v1/gallery")
+async def get_gallery(request: Request) -> Response:
+    """How many pictures the server's gallery holds."""
+    gallery = service_of(request).gallery
+    return json_response({"count": 0 if gallery is None else len(gallery.pictures)})
+
+
 @router.post("/v1/gallery/search")
 async def search_gallery(request: Request) -> Response:
     """The pictures of the server's gallery that are nearest to a text."""

@@ -308,6 +308,10 @@ class Health(BaseModel):
     status: Literal["ok"]
 
 
+class GallerySize(BaseModel):
+    count: int
+
+
 class GallerySearch(Request):
     text: str
     model: str | None = None

@@ -19,6 +19,7 @@ from tests.serve.fakes import FakeRuntime, unit
 from tests.serve.pictures import data_uri, encoded, jpeg, picture
 
 IMAGE = {"image": data_uri(jpeg(1))}
+MOVING = data_uri(encoded(picture(), "WEBP", save_all=True, append_images=[picture(2)]))
 
 
 def embed(client: TestClient, value: Any, **fields: Any) -> Any:
@@ -170,7 +171,7 @@ def test_wrong_requests_name_the_part_that_is_wrong(client: TestClient) -> None:
         ("data:image/jpeg;base64,@@@", 400, "base64_invalid"),
         ("data:image/jpeg,abc", 400, "base64_invalid"),
         (data_uri(encoded(picture(), "GIF")), 415, "image_format_unsupported"),
-        (data_uri(encoded(picture(), "WEBP", save_all=True, append_images=[picture(2)])), 415, "image_animated"),
+        (MOVING, 415, "image_animated"),
     ],
 )  # fmt: skip
 def test_bad_images_fail_with_their_index(client: TestClient, image: str, status: int, code: str) -> None:

@@ -15,8 +15,9 @@ from serve.errors import ErrorCode, ServeError
 
 # fmt: off
 WORDS = [
-    "the", "quick", "antidisestablishmentarianism", "aaaaaaaaaa", "abababab", "東京タワー", "привет", "🚲🌧️", "it's",
-    "they'll", "12345", "#$%^&*", "&amp;", "&lt;b&gt;", "naïve", "ﬁne", "\u202eRTL\u202c", "مرحبا", "\x00\x07", "<html>",
+    "the", "quick", "antidisestablishmentarianism", "aaaaaaaaaa", "abababab", "東京タワー", "привет", "🚲🌧️",
+    "it's", "they'll", "12345", "#$%^&*", "&amp;", "&lt;b&gt;", "naïve", "ﬁne", "\u202eRTL\u202c", "مرحبا",
+    "\x00\x07", "<html>",
 ]
 # fmt: on
 

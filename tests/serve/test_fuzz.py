@@ -51,7 +51,9 @@ def url(tmp_path: Path) -> Iterator[str]:
 
 
 def send_requests_of_the_document(url: str, *, examples: int) -> dict[str, int]:
-    """Requests drawn from the document, right ones and wrong ones, to each operation; how many of each were sent."""
+    """Requests drawn from the document, right ones and wrong ones, to each operation; how many of each were
+    sent.
+    """
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     sent: dict[str, int] = {}
     for result in schema.get_all_operations():
@@ -104,19 +106,16 @@ class Bad:
 
 def images(count: int) -> Iterator[Bad]:
     """The kinds that must be answered with a known code, then bit-flipped files up to `count` in all."""
-    made = 0
-    for case in itertools.chain(_named_images(), _flipped_images()):
-        if made == count:
-            return
-        made += 1
-        yield case
+    yield from itertools.islice(itertools.chain(_named_images(), _flipped_images()), count)
 
 
 def _named_images() -> Iterator[Bad]:
     for format in ("JPEG", "PNG", "WEBP"):
         data = encoded(picture(1, width=200, height=150), format)
         for part in range(16):
-            yield Bad(f"{format} cut at {part}/16", {"image": data_uri(data[: len(data) * part // 16])}, (400,))
+            yield Bad(
+                f"{format} cut at {part}/16", {"image": data_uri(data[: len(data) * part // 16])}, (400,)
+            )
         yield Bad(f"{format} with bytes after its end", {"image": data_uri(data + b"\0" * 500)}, (200,))
         yield Bad(f"{format} called something else", {"image": data_uri(data, "text/plain")}, (200,))
     exif = Image.Exif()
@@ -159,10 +158,17 @@ def _flipped_images() -> Iterator[Bad]:
 
 def texts() -> Iterator[Bad]:
     for name, text in {
-        "emoji": "🚲🌧️👩‍👩‍👧", "right to left": "\u202eمرحبا بالعالم\u202c", "controls": "a\x01\x02\x7f\x1b[31mb", "null": "a\0b",
-        "combining": "e" + "\u0301" * 20, "private use": "\ue000\U0010ffff", "html": "&lt;b&gt; <script>alert(1)</script>",
-        "format string": "{0.__class__} %s %n ${jndi}", "sql": "'; DROP TABLE label_sets; --", "newlines": "a\r\nb\n\nc",
-    }.items():  # fmt: skip
+        "emoji": "🚲🌧️👩‍👩‍👧",
+        "right to left": "\u202eمرحبا بالعالم\u202c",
+        "controls": "a\x01\x02\x7f\x1b[31mb",
+        "null": "a\0b",
+        "combining": "e" + "\u0301" * 20,
+        "private use": "\ue000\U0010ffff",
+        "html": "&lt;b&gt; <script>alert(1)</script>",
+        "format string": "{0.__class__} %s %n ${jndi}",
+        "sql": "'; DROP TABLE label_sets; --",
+        "newlines": "a\r\nb\n\nc",
+    }.items():
         yield Bad(name, {"text": text}, (200,))
     yield Bad("1 MB", {"text": "long " * 200_000}, (400,))
     yield Bad("1 MB in one word", {"text": "a" * 1_000_000}, (400,))

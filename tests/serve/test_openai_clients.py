@@ -82,7 +82,10 @@ def test_the_python_client_understands_errors(url: str) -> None:
         with pytest.raises(openai.BadRequestError) as long:
             client.embeddings.create(model="fake", input=["a", "word " * 60])
         assert (long.value.code, long.value.param) == ("text_too_long", "input[1]")
-    with openai.OpenAI(base_url=url, api_key="wrong", max_retries=0) as client, pytest.raises(openai.AuthenticationError):
+    with (
+        openai.OpenAI(base_url=url, api_key="wrong", max_retries=0) as client,
+        pytest.raises(openai.AuthenticationError),
+    ):
         client.models.list()
 
 
@@ -109,8 +112,8 @@ for (const extra of [{}, {encoding_format: "float"}, {encoding_format: "base64"}
   replies.push(reply.data.map((entry) => entry.embedding));
 }
 let code;
-try { await client.embeddings.create({model: "nope", input: "a"}); } catch (error) { code = [error.status, error.code]; }
-const models = (await client.models.list()).data.map((model) => model.id);
+try { await client.embeddings.create({model: "nope", input: "a"}); } catch (error) { code = [error.status,
+error.code]; } const models = (await client.models.list()).data.map((model) => model.id);
 console.log(JSON.stringify({replies, code, models}));
 """
 

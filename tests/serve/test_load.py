@@ -1,0 +1,364 @@
+"""Under load: overload, hot reloads, clients that leave, corrupt images among good ones. Long forms are
+`slow`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import resource
+import socket
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from fastapi import FastAPI
+
+from clipstack.errors import CheckpointError
+from serve.app import create_app
+from serve.security import hash_token
+from serve.settings import Settings
+from tests.serve.fakes import FakeRuntime
+from tests.serve.live import live_server
+from tests.serve.pictures import data_uri, jpeg
+
+
+def settings_in(folder: Path, **values: Any) -> Settings:
+    return Settings.model_validate(
+        {"models": ("fake=unused",), "label_set_file": folder / "sets.sqlite3", **values}
+    )
+
+
+# Overload
+
+
+class TimedRuntime(FakeRuntime):
+    """A device that takes `batch_s` for a batch, whatever its size: with batches of 4 its capacity is known.
+    """
+
+    batch_s = 0.1
+
+    def _work(self, kind: str, size: int) -> None:
+        super()._work(kind, size)
+        time.sleep(self.batch_s)
+
+
+BATCH = 4
+CAPACITY = BATCH / TimedRuntime.batch_s  # texts a second
+DEADLINE_MS = 1000
+
+
+@dataclass
+class Seen:
+    statuses: Counter[int] = field(default_factory=Counter)
+    latencies: list[float] = field(default_factory=list)
+    retry_after: list[str | None] = field(default_factory=list)
+
+
+async def offer(url: str, *, rate: float, seconds: float) -> Seen:
+    """One text a request at a steady rate, whatever comes back."""
+    seen = Seen()
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=30, limits=limits) as client:
+
+        async def one(number: int) -> None:
+            started = time.perf_counter()
+            reply = await client.post(
+                "/v1/embeddings",
+                json={"model": "fake", "input": f"text {number}"},
+                headers={"x-request-timeout-ms": str(DEADLINE_MS)},
+            )
+            seen.statuses[reply.status_code] += 1
+            if reply.status_code == 200:
+                seen.latencies.append(time.perf_counter() - started)
+            if reply.status_code == 429:
+                seen.retry_after.append(reply.headers.get("retry-after-ms"))
+
+        started, tasks = time.perf_counter(), []
+        for number in itertools.count():
+            due = started + number / rate
+            if due > started + seconds:
+                break
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            tasks.append(asyncio.ensure_future(one(number)))
+        await asyncio.gather(*tasks)
+    return seen
+
+
+def check_overload(url: str, *, seconds: float) -> Seen:
+    seen = asyncio.run(offer(url, rate=2 * CAPACITY, seconds=seconds))
+    assert set(seen.statuses) <= {200, 429, 504}, seen.statuses
+    assert seen.statuses[429] > 0 and all(seen.retry_after)
+    goodput = seen.statuses[200] / (seconds * CAPACITY)
+    assert goodput >= 0.9, (goodput, seen.statuses)
+    p99 = statistics.quantiles(seen.latencies, n=100)[98]
+    assert p99 <= DEADLINE_MS / 1000 + 0.1, p99
+    return seen
+
+
+@pytest.fixture
+def overloaded(tmp_path: Path) -> Iterator[str]:
+    settings = settings_in(tmp_path, max_batch_texts=BATCH, max_queue_items=1000)
+    with live_server(create_app(settings, TimedRuntime())) as url:
+        yield url
+
+
+def test_at_twice_the_capacity_goodput_stays_and_the_rest_is_refused_at_the_door(overloaded: str) -> None:
+    check_overload(overloaded, seconds=5)
+
+
+@pytest.mark.slow
+def test_a_minute_at_twice_the_capacity_leaves_memory_flat(overloaded: str) -> None:
+    check_overload(overloaded, seconds=15)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    check_overload(overloaded, seconds=60)
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown_kib < 32 * 1024, grown_kib
+
+
+# Hot reload
+
+
+class Versions:
+    """A loader whose every load is a new model; `next_load` may be told to fail."""
+
+    def __init__(self) -> None:
+        self.loads = 0
+        self.next_load: Exception | FakeRuntime | None = None
+
+    def __call__(self) -> FakeRuntime:
+        self.loads += 1
+        planned, self.next_load = self.next_load, None
+        if isinstance(planned, Exception):
+            raise planned
+        return planned or FakeRuntime(f"version-{self.loads}")
+
+
+@pytest.fixture
+def versions() -> Versions:
+    return Versions()
+
+
+@pytest.fixture
+def reloadable(tmp_path: Path, versions: Versions, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr("serve.app.loaders_of", lambda settings, runtime: {"fake": versions})
+    settings = settings_in(tmp_path, admin_token_hashes=(hash_token("root"),))
+    with live_server(create_app(settings)) as url:
+        yield url
+
+
+class Reader(threading.Thread):
+    """Asks for mixed embeddings and classifications in a loop, and checks that each reply is of one version.
+    """
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self.url = url
+        self.stop = threading.Event()
+        self.answered = 0
+        self.faults: list[str] = []
+        self.fingerprints: set[str] = set()
+
+    def run(self) -> None:
+        texts = [f"text {n}" for n in range(20)]
+        with httpx.Client(base_url=self.url, timeout=60) as client:
+            while not self.stop.is_set():
+                asked = {"model": "fake", "input": [*texts, {"image": data_uri(jpeg(1))}]}
+                reply = client.post("/v1/embeddings", json=asked)
+                labels = {"inputs": texts[:2], "labels": ["cat", f"dog {self.answered % 3}"]}
+                if client.post("/v1/classify", json=labels).status_code != 200:
+                    self.faults.append("classify failed")
+                if reply.status_code != 200:
+                    self.faults.append(reply.text)
+                    continue
+                body = reply.json()
+                engine = FakeRuntime(body["fingerprint"])
+                for entry, text in zip(body["data"], texts, strict=False):
+                    if not np.array_equal(np.float32(entry["embedding"]), engine.text_vector(text)):
+                        self.faults.append(f"{body['fingerprint']} did not make the vector of {text}")
+                self.fingerprints.add(body["fingerprint"])
+                self.answered += 1
+
+
+def reload_many_times(url: str, versions: Versions, *, times: int) -> None:
+    readers = [Reader(url) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    try:
+        with httpx.Client(base_url=url, timeout=60, headers={"authorization": "Bearer root"}) as admin:
+            for number in range(times):
+                reply = admin.post("/v1/models/reload", json={"model": "fake"})
+                assert reply.status_code == 200, reply.text
+                body = reply.json()
+                assert body["changed"] and body["fingerprint"] == f"version-{number + 2}"
+                assert body["previous_fingerprint"] == f"version-{number + 1}"
+    finally:
+        for reader in readers:
+            reader.stop.set()
+        for reader in readers:
+            reader.join(60)
+    assert [reader.faults for reader in readers] == [[], [], []]
+    assert all(reader.answered > 0 for reader in readers)
+    assert len(set().union(*(reader.fingerprints for reader in readers))) > 1
+
+
+def test_reloads_under_load_fail_no_request_and_mix_no_versions(reloadable: str, versions: Versions) -> None:
+    reload_many_times(reloadable, versions, times=8)
+
+
+@pytest.mark.slow
+def test_a_hundred_reloads_under_load_fail_no_request(reloadable: str, versions: Versions) -> None:
+    reload_many_times(reloadable, versions, times=100)
+
+
+class NotANumber(FakeRuntime):
+    def vector(self, content: bytes) -> Any:
+        return super().vector(content) * np.nan
+
+
+class Unstable(FakeRuntime):
+    """Vectors that depend on how large the batch is."""
+
+    def encode_images(self, images: Any) -> Any:
+        return np.roll(super().encode_images(images), len(images), axis=1)
+
+
+@pytest.mark.parametrize(
+    "planned", [CheckpointError("weights are damaged"), NotANumber("bad"), Unstable("bad")]
+)
+def test_a_reload_that_goes_wrong_leaves_the_old_model_in_place(
+    reloadable: str, versions: Versions, planned: Any
+) -> None:
+    admin = {"authorization": "Bearer root"}
+    versions.next_load = planned
+    with httpx.Client(base_url=reloadable, timeout=60) as client:
+        failed = client.post("/v1/models/reload", json={}, headers=admin)
+        assert (failed.status_code, failed.json()["error"]["code"]) == (409, "reload_failed")
+        assert (
+            client.post("/v1/embeddings", json={"model": "fake", "input": "a"}).json()["fingerprint"]
+            == "version-1"
+        )
+        assert client.get("/readyz").status_code == 200
+        again = client.post("/v1/models/reload", json={}, headers=admin)
+        assert again.json()["fingerprint"] == "version-3"
+
+
+def test_label_sets_follow_the_model(reloadable: str, versions: Versions) -> None:
+    with httpx.Client(base_url=reloadable, timeout=60) as client:
+        client.put(
+            "/v1/label-sets/pets", json={"labels": ["cat", "dog"], "templates": ["a {}"]}
+        ).raise_for_status()
+        for version in ("version-1", "version-2"):
+            reply = client.post("/v1/classify", json={"inputs": ["x"], "label_set": "pets"}).json()
+            engine = FakeRuntime(version)
+            assert reply["fingerprint"] == version
+            for entry in reply["data"][0]["predictions"]:
+                logit = 10 * float(engine.text_vector("x") @ engine.text_vector(f"a {entry['label']}"))
+                assert entry["logit"] == pytest.approx(logit, abs=1e-5)
+            client.post("/v1/models/reload", json={}, headers={"authorization": "Bearer root"})
+
+
+# Clients
+
+
+@contextmanager
+def raw_request(url: str, body: bytes, *, announced: int | None = None) -> Iterator[socket.socket]:
+    host, port = url.removeprefix("http://").split(":")
+    head = "POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {announced or len(body)}\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(head.encode() + body)
+        yield connection
+
+
+def wait_until(condition: Any, *, timeout_s: float = 20) -> None:
+    until = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until, "it did not happen in time"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def app(tmp_path: Path, runtime: FakeRuntime) -> FastAPI:
+    return create_app(settings_in(tmp_path, body_timeout_s=0.3), runtime)
+
+
+def test_what_a_client_that_left_had_asked_for_is_never_computed(app: FastAPI, runtime: FakeRuntime) -> None:
+    with live_server(app) as url, httpx.Client(base_url=url, timeout=30) as client:
+        service = app.state.service
+        budget = service.models["fake"].budget
+        runtime.hold()
+        try:
+            with raw_request(url, b'{"model": "fake", "input": "first"}') as first:
+                assert runtime.started.wait(10)
+                body = json.dumps(
+                    {"model": "fake", "input": ["gone"] * 9 + [{"image": data_uri(jpeg(1))}]}
+                ).encode()
+                with raw_request(url, body):
+                    wait_until(lambda: budget.items == 11)
+                wait_until(lambda: budget.items == 1)
+                runtime.gate.set()
+                assert b"200 OK" in first.recv(100)
+        finally:
+            runtime.gate.set()
+        assert client.post("/v1/embeddings", json={"model": "fake", "input": "after"}).status_code == 200
+        assert runtime.batches[-2:] == [("text", 1), ("text", 1)]
+        wait_until(lambda: service.in_flight == 0 and service.bytes.held == 0)
+
+
+def test_a_client_that_dawdles_is_told_so(app: FastAPI) -> None:
+    with live_server(app) as url, raw_request(url, b"{", announced=100) as connection:
+        assert b"408 Request Timeout" in connection.recv(100)
+
+
+def test_a_body_that_is_too_large_is_refused_while_it_is_still_being_sent(app: FastAPI) -> None:
+    with live_server(app) as url, httpx.Client(base_url=url, timeout=30) as client:
+        for body in (b"x" * (40 << 20), (b"x" * (1 << 20) for _ in range(40))):
+            reply = client.post("/v1/embeddings", content=body, headers={"content-type": "application/json"})
+            assert (reply.status_code, reply.json()["error"]["code"]) == (413, "body_too_large")
+
+
+def test_bodies_beyond_the_memory_budget_wait_outside(tmp_path: Path, runtime: FakeRuntime) -> None:
+    app = create_app(settings_in(tmp_path, max_inflight_bytes=100_000), runtime)
+    with live_server(app) as url, httpx.Client(base_url=url, timeout=30) as client:
+        with raw_request(url, b"{", announced=90_000):
+            wait_until(lambda: app.state.service.bytes.held == 90_000)
+            reply = client.post("/v1/embeddings", json={"model": "fake", "input": "a" * 20_000})
+            assert (reply.status_code, reply.json()["error"]["code"]) == (429, "queue_full")
+        wait_until(lambda: app.state.service.bytes.held == 0)
+        assert client.post("/v1/embeddings", json={"model": "fake", "input": "a"}).status_code == 200
+
+
+def test_one_percent_of_corrupt_images_changes_nothing_for_the_others(
+    app: FastAPI, runtime: FakeRuntime
+) -> None:
+    async def scenario(url: str) -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+
+            async def one(number: int) -> tuple[int, Any]:
+                data = jpeg(number % 10)
+                data = data[: len(data) // 2] if number % 100 == 7 else data
+                asked = {"model": "fake", "input": [{"image": data_uri(data)}]}
+                reply = await client.post("/v1/embeddings", json=asked)
+                return reply.status_code, reply.json()
+
+            alone = [(await one(number))[1]["data"] for number in (100, 1, 2, 3, 4, 5, 6, 17, 8, 9)]
+            replies = await asyncio.gather(*(one(number) for number in range(200)))
+        for number, (status, body) in enumerate(replies):
+            if number % 100 == 7:
+                assert (status, body["error"]["code"]) == (400, "image_truncated")
+            else:
+                assert (status, body["data"]) == (200, alone[number % 10])
+
+    with live_server(app) as url:
+        asyncio.run(scenario(url))
