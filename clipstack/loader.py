@@ -31,6 +31,7 @@ from data_pipelines.order import Order, OrderParams, batch_ranges, rank_slice
 from data_pipelines.rights import EMPTY, load_removal_list
 from data_pipelines.sources import is_pipe, is_remote
 from data_pipelines.stream import (
+    MAX_OPEN_SHARDS,
     BadRate,
     BadSample,
     Drawer,
@@ -176,7 +177,11 @@ class _IndexedData:
         self._prefetcher = _prefetcher(
             config, self._manifest, self._order, batch_size=batch_size, world=world
         )
-        reader = Reader(self._manifest, read_options(config), open_file=_cache(config).open)
+        # Lanes take turns: with fewer open shards than they read side by side, each turn would open one anew.
+        max_open = max(MAX_OPEN_SHARDS, 2 * config.lanes * config.window_shards)
+        reader = Reader(
+            self._manifest, read_options(config), open_file=_cache(config).open, max_open=max_open
+        )
         batches = _TrainBatches(reader, self._order, preprocess, seed, world.rank, world.size)
         self._workers = _Workers(batches, config.workers, pin_memory=world.device.type == "cuda")
 
