@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails
 
 from clipstack.errors import ConfigError
-from clipstack.objective_config import ClipObjective, ObjectiveConfig
+from clipstack.objective_config import ClipObjective, ObjectiveConfig, describe_objective_error
 
 
 class Frozen(BaseModel):
@@ -301,6 +301,8 @@ def describe(error: ValidationError, root: type[BaseModel], *, prefix: str = "")
 
 
 def _describe_one(detail: ErrorDetails, root: type[BaseModel], prefix: str) -> str:
+    if detail["loc"][:1] == ("objective",):
+        return describe_objective_error(detail, detail["loc"][1:])
     key = prefix + ".".join(str(part) for part in detail["loc"])
     match detail["type"]:
         case "extra_forbidden":
