@@ -1,5 +1,4 @@
-"""A real server on 127.0.0.1 and a free port, in a thread of the test's process, that stops with its block.
-"""
+"""A real server on 127.0.0.1 and a free port, in a thread of the test, that stops with its block."""
 
 from __future__ import annotations
 

@@ -43,8 +43,7 @@ def settings_in(folder: Path, **values: Any) -> Settings:
 
 
 class TimedRuntime(FakeRuntime):
-    """A device that takes `batch_s` for a batch, whatever its size: with batches of 4 its capacity is known.
-    """
+    """A device that takes `batch_s` for a batch of any size: with batches of 4 its capacity is known."""
 
     batch_s = 0.1
 
@@ -158,8 +157,7 @@ def reloadable(tmp_path: Path, versions: Versions, monkeypatch: pytest.MonkeyPat
 
 
 class Reader(threading.Thread):
-    """Asks for mixed embeddings and classifications in a loop, and checks that each reply is of one version.
-    """
+    """Asks for embeddings and classifications in a loop, and checks that each reply is of one version."""
 
     def __init__(self, url: str) -> None:
         super().__init__()

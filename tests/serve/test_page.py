@@ -109,7 +109,8 @@ def test_a_server_with_tokens_asks_for_one(browser: Browser, tmp_path: Path) -> 
         browser.open(guarded)
         browser.wait_for("!document.querySelector('#token-card').hidden")
         browser.evaluate(
-            "document.querySelector('#token').value = 'sk-page'; document.querySelector('#token-form').requestSubmit()"
+            "document.querySelector('#token').value = 'sk-page';"
+            "document.querySelector('#token-form').requestSubmit()"
         )
         browser.wait_for("document.querySelector('#token-card').hidden")
         browser.wait_for("document.querySelector('#facts').textContent !== ''")

@@ -107,8 +107,8 @@ def test_a_model_s_name_vectors_and_label_sets_are_the_same_after_a_restart(
 def command(*arguments: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "serve.cli", *arguments],
-        cwd=cwd, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=120,
-        check=False, input="sk-secret\n",
+        cwd=cwd, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
+        timeout=120, check=False, input="sk-secret\n",
     )  # fmt: skip
 
 
