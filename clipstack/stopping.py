@@ -1,11 +1,19 @@
-"""SIGTERM and SIGINT: asked for by a scheduler, a launcher or the keyboard, looked at once a step."""
+"""SIGTERM and SIGINT: asked for by a scheduler, a launcher or the keyboard, looked at once a step.
+
+A launcher that dies has the kernel send SIGTERM to its ranks (`end_with_parent`). `deepspeed` stands one
+generation higher, above launch.py, which does not notice its death: the ranks look for it themselves.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 STOPPED = 3
@@ -17,8 +25,13 @@ class StopRequest:
     save."""
 
     def __init__(self) -> None:
-        self.is_set = False
+        self._signalled = False
         self._leaves_at_once = False
+        self._runner = _deepspeed_runner()
+
+    @property
+    def is_set(self) -> bool:
+        return self._signalled or (self._runner is not None and self._runner.is_gone())
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -43,4 +56,41 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._leaves_at_once:
             os._exit(STOPPED)
-        self.is_set = True
+        self._signalled = True
+
+
+def end_with_parent() -> None:
+    """Have the kernel send SIGTERM when the launcher dies, so that no rank trains on alone (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """The process above launch.py."""
+
+    launcher: int
+    pid: int
+
+    def is_gone(self) -> bool:
+        return _parent_of(self.launcher) not in (self.pid, None)
+
+
+def _deepspeed_runner() -> _Runner | None:
+    """Only where our parent is DeepSpeed's launch.py: elsewhere a grandparent may come and go as it likes."""
+    launcher = os.getppid()
+    try:
+        command = Path(f"/proc/{launcher}/cmdline").read_bytes()
+    except OSError:
+        return None
+    runner = _parent_of(launcher)
+    return _Runner(launcher, runner) if b"deepspeed.launcher.launch" in command and runner else None
+
+
+def _parent_of(pid: int) -> int | None:
+    """None where it cannot be told."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return int(stat.rpartition(")")[2].split()[1])  # PID (NAME) STATE PPID

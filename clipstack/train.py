@@ -85,11 +85,12 @@ def _run(recipe: Recipe, args: argparse.Namespace, stop: StopRequest) -> int:
         from clipstack.flops import peak_seconds_per_sample
         from clipstack.model import build_model
         from clipstack.run_folder import prepare, resolve_precision
+        from clipstack.stopping import end_with_parent
         from clipstack.trainer import fit
 
         user_config = read_user_config(args.deepspeed_config)
         world = start_distributed(timeout=timedelta(seconds=recipe.train.collective_timeout_s))
-    _end_with_parent()
+    end_with_parent()
     check_batch(recipe, world)
     plan = world.from_main(lambda: prepare(recipe, fresh=args.fresh, dry_run=args.dry_run))
     if plan.is_finished:
@@ -176,14 +177,6 @@ def _fail(error: ClipstackError) -> int:
         time.sleep(GRACE_S)
     print(f"error: {error}", file=sys.stderr, flush=True)
     return 2 if isinstance(error, ConfigError | DataError) else 1
-
-
-def _end_with_parent() -> None:
-    """Have the kernel send SIGTERM when the launcher dies, so that no rank trains on alone (Linux)."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
 
 
 def _main_and_exit() -> None:

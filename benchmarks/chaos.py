@@ -1,0 +1,103 @@
+"""Kills a random rank of a training run at a random moment, again and again, and compares what comes out with
+a run that nothing happened to: the loss of every step and the hash of the exported weights must be equal, to
+the bit.
+
+    python benchmarks/chaos.py --rounds 42 [--stages 1 2 3] [--seed 0]
+
+The run has two ranks with two loader workers each, augmentation, patch dropout, bf16 autocast, and a
+checkpoint every five steps. A third of the kills are aimed at the moment a checkpoint is being written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.clipstack.launching import POLL_S, Job, Zygote
+from tests.clipstack.training_runs import metrics, weights_hash, write_recipe, write_shards
+
+STEPS, LATEST_KILL_S = 120, 6.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=42, help="kills in all")
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3], help="ZeRO stages, in turn")
+    parser.add_argument("--seed", type=int, default=0, help="decides ranks and moments")
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        zygote = Zygote(root)
+        recipe = write_recipe(root, write_shards(root / "shards"))
+        rounds = [args.rounds // len(args.stages)] * len(args.stages)
+        rounds[-1] += args.rounds - sum(rounds)
+        good = [
+            survives(zygote, recipe, root / f"stage-{stage}", stage, count, rng)
+            for stage, count in zip(args.stages, rounds, strict=True)
+        ]
+        zygote.close()
+    return 0 if all(good) else 1
+
+
+def survives(zygote: Zygote, recipe: Path, folder: Path, stage: int, rounds: int, rng: random.Random) -> bool:
+    """Whether a run killed `rounds` times equals one that was left alone."""
+    start = time.monotonic()
+    options = [f"train.zero_stage={stage}", f"train.steps={STEPS}", "checkpoint.every_steps=5"]
+    straight, killed = folder / "straight", folder / "killed"
+    ended = zygote.train("--config", recipe, f"run.dir={straight}", *options, timeout_s=300)
+    assert ended.codes == [0, 0], ended.text
+    moments: Counter[str] = Counter()
+    while sum(moments.values()) < rounds:
+        job = zygote.start_training("--config", recipe, f"run.dir={killed}", *options)
+        moment = await_moment(job, killed, rng)
+        if job.has_ended():
+            # It came through before its turn: from the start again, with the same data and the same end.
+            assert job.wait().codes == [0, 0], job.log(0)
+            assert equal(killed, straight), "an undisturbed end differs"
+            killed = folder / f"killed-{sum(moments.values())}"
+            continue
+        job.send(rng.randrange(2), signal.SIGKILL)
+        job.wait(30)  # all ranks stop within 30 s
+        moments[moment] += 1
+    ended = zygote.train("--config", recipe, f"run.dir={killed}", *options, timeout_s=300)
+    good = ended.codes == [0, 0] and equal(killed, straight)
+    seconds = time.monotonic() - start
+    counts = ", ".join(f"{count} {name}" for name, count in sorted(moments.items()))
+    print(
+        f"stage {stage}: {rounds} kills ({counts}), {seconds:.0f} s: {'equal' if good else 'DIFFERENT'}",
+        flush=True,
+    )
+    return good
+
+
+def await_moment(job: Job, run: Path, rng: random.Random) -> str:
+    """Wait for the moment to strike; its name."""
+    end = time.monotonic() + rng.uniform(0.5, LATEST_KILL_S)
+    in_save = rng.random() < 1 / 3
+    while not job.has_ended():
+        if time.monotonic() >= end:
+            if not in_save:
+                return "at any time"
+            if any((run / "checkpoints").glob(".step-*")):
+                return "in a save"
+        time.sleep(POLL_S / 10)
+    return "too late"
+
+
+def equal(ours: Path, theirs: Path) -> bool:
+    return metrics(ours) == metrics(theirs) and weights_hash(ours) == weights_hash(theirs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
