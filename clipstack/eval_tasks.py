@@ -228,21 +228,20 @@ def _retrieval_examples(features: Features, ranks: Ranks, data: EvalData) -> tup
     worst = worst[ranks.image_to_text[worst] > 0]
     out = []
     for row, is_good in [*((row, True) for row in best), *((row, False) for row in worst)]:
-        sample = int(features.sample[row])
-        own_text = caption_lines(data.samples.read(sample).captions)[0]
-        if is_good:
-            out.append(Example(sample, f"“{own_text}” came first", True))
-        else:
-            nearest = _nearest_text(features, int(row), data)
-            said = f"“{own_text}” came {ranks.image_to_text[row] + 1:,}.; nearest: “{nearest}”"
-            out.append(Example(sample, said, False))
+        similarity = features.texts @ features.images[row]
+        mine = _text(features, data, int(similarity.masked_fill(features.owner != int(row), -2.0).argmax()))
+        told = f"“{mine}” came first"
+        if not is_good:
+            nearest = _text(features, data, int(similarity.argmax()))
+            told = f"“{mine}” came in place {ranks.image_to_text[row] + 1:,}; nearest: “{nearest}”"
+        out.append(Example(int(features.sample[row]), told, is_good))
     return tuple(out)
 
 
-def _nearest_text(features: Features, row: int, data: EvalData) -> str:
-    nearest = int((features.texts @ features.images[row]).argmax())
-    owner = int(features.owner[nearest])
-    place = nearest - int(torch.searchsorted(features.owner, owner))
+def _text(features: Features, data: EvalData, row: int) -> str:
+    """The caption behind a row of `features.texts`."""
+    owner = int(features.owner[row])
+    place = row - int(torch.searchsorted(features.owner, owner))
     return caption_lines(data.samples.read(int(features.sample[owner])).captions)[place]
 
 

@@ -41,6 +41,9 @@ DEFAULT_TEMPLATES = "simple"
 MAX_RETRIEVAL_IN_TRAINING = 20_000
 """Validation sets with more images than this are not searched while training waits; `clipstack eval` does."""
 
+MAX_LOSS_BATCH = 8192
+"""Larger training batches are compared at this size: the matrix of one batch then takes 256 MiB."""
+
 
 @torch.no_grad()
 def validate(encoder: Encoder, preprocess: Preprocess, recipe: Recipe, world: World) -> dict[str, float]:
@@ -66,10 +69,11 @@ def validate(encoder: Encoder, preprocess: Preprocess, recipe: Recipe, world: Wo
     values: dict[str, float] = {"n": len(features.sample), "bad_samples": count_bad(loader, world)}
     scale = logit_scale_of(encoder, preprocess, world)
     if len(features.texts):
-        values["clip_loss"] = clip_loss(features, scale, batch_size=recipe.train.batch_size)
+        size = min(recipe.train.batch_size, MAX_LOSS_BATCH)
+        values["clip_loss"] = clip_loss(features, scale, batch_size=size)
     beside = [folder for path in paths for folder in folders_beside(path)]
     classnames = find_classnames(recipe.eval.classnames, beside, key="eval.classnames")
-    if classnames is not None and bool((features.label >= 0).any()):
+    if classnames is not None and _has_known_class(features, len(classnames)):
         values |= _classify(encoder, features, classnames, recipe.eval.templates, scale, preprocess, world)
     if _is_searchable(features) and len(features.sample) <= MAX_RETRIEVAL_IN_TRAINING:
         values |= retrieval_metrics(
@@ -131,6 +135,10 @@ def _classify(
         **zero_shot_metrics(result, len(classnames)),
         "labels_out_of_range": int((features.label >= len(classnames)).sum()),
     }
+
+
+def _has_known_class(features: Features, num_classes: int) -> bool:
+    return bool(((features.label >= 0) & (features.label < num_classes)).any())
 
 
 def _is_searchable(features: Features) -> bool:
