@@ -173,7 +173,8 @@ class Work:
 
 
 def make_work(folder: Path, tar: Path | None) -> Work:
-    import open_clip
+    import clipstack.preprocess  # noqa: F401 - prepares torchvision for open_clip
+    import open_clip  # isort: skip
     import torch
     from PIL import Image
 

@@ -19,8 +19,8 @@ _DESCRIPTION = """\
 Zero-shot classification and embeddings of images and texts with CLIP-style models.
 
 `POST /v1/embeddings` takes what OpenAI's clients send. Every error has one shape and a stable `code`.
-Requests may carry `X-Request-ID`, `X-Request-Timeout-Ms` (answered with 504 when it has passed) and
-`If-Model-Fingerprint` (answered with 412 when the model is another one).
+Requests may carry `X-Request-ID`, `X-Request-Timeout-Ms` (a whole number of milliseconds, answered with 504
+when they have passed) and `If-Model-Fingerprint` (answered with 412 when the model is another one).
 """
 
 # What each operation reads and writes. uploads: the form field of multipart uploads, where they are taken.
@@ -45,18 +45,12 @@ _OPERATIONS: dict[tuple[str, str], tuple[_Schema, str | None, dict[int, _Schema]
     ("get", "/metrics"): (None, None, {200: None}),
 }  # fmt: skip
 _OPEN = frozenset(("/livez", "/readyz"))
+# X-Request-Timeout-Ms is described in the text above: as a parameter, tools that draw requests from this
+# document would
+# draw deadlines of a millisecond and count their 504 as faults.
 _HEADERS = (
-    (
-        "X-Request-Timeout-Ms",
-        {"type": "integer", "minimum": 1, "maximum": 999_999_999},
-        "Deadline in milliseconds.",
-    ),
     ("If-Model-Fingerprint", {"type": "string"}, "Answer only with the model of this fingerprint."),
-    (
-        "X-Request-ID",
-        {"type": "string"},
-        "Id of the request in replies and logs; made up where it is absent.",
-    ),
+    ("X-Request-ID", {"type": "string"}, "Id of the request in replies and logs; made up if absent."),
 )
 
 
@@ -132,6 +126,7 @@ def _form_schema(asked: type[BaseModel], uploads: str) -> Json:
         properties[name] = {"type": "array", "items": {"type": "string"}} if is_list else text
     properties[uploads] = {
         "type": "array",
+        "minItems": 1,
         "items": {"type": "string", "format": "binary"},
         "description": "Image files, one part each.",
     }

@@ -69,7 +69,10 @@ Images = Annotated[
             "type": "array",
             "minItems": 1,
             "items": {
-                "anyOf": [{"type": "string", "description": "A data URI or base64."}, *_ITEM["anyOf"][2:]]
+                "anyOf": [
+                    {"type": "string", "minLength": 1, "description": "A data URI or base64."},
+                    *_ITEM["anyOf"][2:],
+                ]
             },
         }
     ),
@@ -89,7 +92,11 @@ Templates = Annotated[
                 {
                     "type": "array",
                     "minItems": 1,
-                    "items": {"type": "string", "description": "A text with one {} where the label goes."},
+                    "items": {
+                        "type": "string",
+                        "pattern": r"^[^{}]*\{c?\}[^{}]*$",
+                        "description": "{} is the label.",
+                    },
                 },
                 {"type": "null"},
             ],
