@@ -20,8 +20,8 @@ from clipstack.world import World
 
 Int64 = npt.NDArray[np.int64]
 RECALL_AT = (1, 5, 10)
-TILE = 2048
-"""Rows and columns of a tile: 16 MB of fp32, small enough to stay near the processor."""
+TILE = 1024
+"""Rows and columns of a tile: 4 MiB of fp32, small enough to stay near the processor."""
 
 
 class Ranks(NamedTuple):
