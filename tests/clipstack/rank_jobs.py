@@ -21,13 +21,13 @@ from clipstack import engine as engine_module
 from clipstack import train, trainer
 from clipstack.accumulation import Part, make_passes
 from clipstack.average import MovingAverage
-from clipstack.config import Recipe, parse_recipe
+from clipstack.config import ModelConfig, Recipe, load_recipe, parse_recipe
 from clipstack.dropout import key_dropouts, row_keys
 from clipstack.engine import Engine, StepResult, make_optimizer, start_distributed
 from clipstack.loader import Batch
 from clipstack.losses import build_objective
 from clipstack.losses.types import Embeddings, LossOutput
-from clipstack.model import ClipModel, build_model
+from clipstack.model import ClipModel, build_model, make_record
 from clipstack.world import World
 
 BOUND = 5e-6
@@ -347,4 +347,45 @@ def updates_equal_those_of_plain_adamw(argv: Sequence[str]) -> int:
             assert not world.is_main or all(torch.equal(before[name], now[name]) for name in before), (
                 "to the bit"
             )
+    return 0
+
+
+RECIPES = ("ViT-B-32", "ViT-B-16", "ViT-L-14", "lit", "finetune")
+
+
+def step_small_copies_of_the_recipes(argv: Sequence[str]) -> int:
+    """One optimizer step of each recipe with towers of two layers, all else as the recipe has it."""
+    world = start_distributed()
+    for name in RECIPES:
+        recipe = load_recipe(f"configs/{name}.toml")
+        tables = make_record(recipe.model).model_cfg
+        locked = {
+            "lock_image": recipe.model.lock_image,
+            "grad_checkpointing": recipe.model.grad_checkpointing,
+        }
+        small = ModelConfig(
+            embed_dim=tables["embed_dim"], vision_cfg={**tables["vision_cfg"], "layers": 2},
+            text_cfg={**tables["text_cfg"], "layers": 2, "vocab_size": 512}, **locked,
+        )  # fmt: skip
+        micro = None if recipe.train.micro_batch_size is None else 2
+        train_config = recipe.train.model_copy(update={"batch_size": 4, "micro_batch_size": micro})
+        recipe = recipe.model_copy(update={"model": small, "train": train_config})
+        engine = Engine(build_model(small, seed=0), recipe, world)
+        engine.train()
+        size = tables["vision_cfg"]["image_size"]
+        tokens = torch.randint(1, 510, (4, 77))
+        tokens[:, -1] = 511
+        passes = make_passes(
+            lambda part, engine=engine: engine.forward(part.images, part.tokens, dropout_keys=part.keys),
+            engine.backward, share=4, micro_batch_size=micro,
+        )  # fmt: skip
+        share_of_all = Part(torch.randn(4, 3, size, size), tokens, row_keys(0, 0, torch.arange(4)))
+        before = engine.weights()
+        passes.backward(build_objective(recipe.objective, world)(passes.forward(share_of_all)).total)
+        result = engine.step(recipe.optim.lr)
+        assert result.applied and 0 < result.grad_norm < 1e3, (name, result)
+        moved = {n.split(".")[0] for n, w in engine.weights().items() if not torch.equal(w, before[n])}
+        print(name, result, sorted(moved))
+        assert ("visual" in moved) == (not small.lock_image), name
+        assert {"transformer", "token_embedding", "logit_scale"} <= moved, name
     return 0
