@@ -15,10 +15,11 @@ from clipstack.errors import ClipstackError
 from data_pipelines.errors import DataError
 from data_pipelines.rights import load_removal_list, removed_samples
 from data_pipelines.sources import ensure_index, is_pipe, is_remote
-from data_pipelines.stream import Manifest, make_manifest
+from data_pipelines.stream import Manifest, ShardEntry, make_manifest
 
 MODEL_CARD, DATA_CARD = "MODEL_CARD.md", "DATA_CARD.md"
 UNKNOWN_LICENCE = "not stated"
+MAX_LICENCES = 20
 
 
 @dataclass(frozen=True)
@@ -149,15 +150,19 @@ def _sources(config: DataConfig, order: Mapping[str, Any] | None) -> Iterator[st
     if recorded is not None:
         yield f"The shards' names and contents had SHA-256 `{recorded}`.\n"
     given = _given(config)
-    for paths, weight in given:
+    manifest = _manifest(given, config)
+    for k, (paths, weight) in enumerate(given):
         rows = [("shards", ", ".join(paths)), ("weight", f"{weight:g}")]
-        yield _table(rows + list(_counted(paths, config)))
-    at_hand = _manifest(given, config)
-    if recorded is not None and at_hand is not None and at_hand.digest != recorded:
+        counted = _counted(manifest.sources[k].shards, config) if manifest is not None else [_NOT_AT_HAND]
+        yield _table([*rows, *counted])
+    if recorded is not None and manifest is not None and manifest.digest != recorded:
         yield (
             "The shards at hand when this card was written are not those of the training: the counts are of "
             "those at hand.\n"
         )
+
+
+_NOT_AT_HAND = ("counts", "unknown: the shards were not at hand when this card was written")
 
 
 def _given(config: DataConfig) -> list[tuple[tuple[str, ...], float]]:
@@ -178,49 +183,50 @@ def _manifest(given: Sequence[tuple[tuple[str, ...], float]], config: DataConfig
         return None
 
 
-def _counted(paths: tuple[str, ...], config: DataConfig) -> Iterator[tuple[str, str]]:
-    manifest = _manifest([(paths, 1.0)], config)
-    if manifest is None:
-        yield "counts", "unknown: the shards were not at hand when this card was written"
-        return
-    yield "number of shards", f"{len(manifest.shards):,}"
-    yield "samples", f"{manifest.num_samples:,}"
-    licences = _licences(manifest)
-    stated = sum(licences.values())
-    told = [f"{name} ({count:,})" for name, count in licences.most_common(20)]
-    if stated < manifest.num_samples:
-        told.append(f"{UNKNOWN_LICENCE} ({manifest.num_samples - stated:,})")
+def _counted(shards: Sequence[ShardEntry], config: DataConfig) -> Iterator[tuple[str, str]]:
+    samples = sum(shard.num_samples for shard in shards)
+    yield "number of shards", f"{len(shards):,}"
+    yield "samples", f"{samples:,}"
+    licences = Counter(licence for shard in shards for licence in _licences_of(shard))
+    told = [f"{name} ({count:,})" for name, count in licences.most_common(MAX_LICENCES)]
+    if licences.total() < samples:
+        told.append(f"{UNKNOWN_LICENCE} ({samples - licences.total():,})")
     yield "licences", ", ".join(told)
     if config.removals is not None:
-        yield "removed", f"{_count_removed(manifest, config):,} samples"
+        yield "removed", _count_removed(shards, config.removals, config)
 
 
-def _licences(manifest: Manifest) -> Counter[str]:
-    """Licence to samples, by the tables beside local shards."""
-    counts: Counter[str] = Counter()
-    for shard in manifest.shards:
-        table = Path(shard.url).with_suffix(".parquet")
-        if not is_remote(shard.url) and table.is_file():
-            counts.update(_licences_in(table))
-    return counts
+def _licences_of(shard: ShardEntry) -> list[str]:
+    """Of the samples that state one, by the table beside a local shard; [] where there is none that can be
+    read."""
+    table = Path(shard.url).with_suffix(".parquet")
+    if is_remote(shard.url) or not table.is_file():
+        return []
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ModuleNotFoundError:  # a training machine may do without; the card then says "not stated"
+        return []
+    try:
+        names = pq.read_schema(table).names
+        column = next((name for name in ("licence", "license", "LICENSE") if name in names), None)
+        if column is None:
+            return []
+        return [value for value in pq.read_table(table, columns=[column])[column].to_pylist() if value]
+    except (OSError, pa.ArrowInvalid):
+        return []
 
 
-def _licences_in(table: Path) -> Iterator[str]:
-    import pyarrow.parquet as pq
-
-    names = pq.read_schema(table).names
-    column = next((name for name in ("licence", "license", "LICENSE") if name in names), None)
-    if column is not None:
-        yield from (value for value in pq.read_table(table, columns=[column])[column].to_pylist() if value)
-
-
-def _count_removed(manifest: Manifest, config: DataConfig) -> int:
-    assert config.removals is not None
-    removal = load_removal_list(config.removals)
-    return sum(
-        len(removed_samples(removal, ensure_index(shard.url, config.cache_dir), shard_name=shard.name))
-        for shard in manifest.shards
-    )
+def _count_removed(shards: Sequence[ShardEntry], file: Path, config: DataConfig) -> str:
+    try:
+        removal = load_removal_list(file)
+        removed = sum(
+            len(removed_samples(removal, ensure_index(shard.url, config.cache_dir), shard_name=shard.name))
+            for shard in shards
+        )
+    except DataError as error:
+        return f"unknown: {error}"
+    return f"{removed:,} samples"
 
 
 def _removals(config: DataConfig) -> str:
