@@ -65,7 +65,7 @@ class Guard:
         if len(self._bad_steps) < self._config.max_skips:
             return Verdict.SKIP
         if len(self._bad_steps) > 1:
-            self.reason += f", the {len(self._bad_steps)}th in a row"
+            self.reason += f", {len(self._bad_steps)} in a row"
         return Verdict.ROLL_BACK
 
     def _median(self) -> float | None:

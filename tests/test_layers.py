@@ -11,10 +11,11 @@ PACKAGES = ("clipstack", "serve", "data_pipelines")
 
 # From low to high: a module imports only from layers below it, or from its own layer.
 LAYERS = (
-    {"errors", "files", "objective_config", "torchvision_compat"},
+    {"errors", "files", "objective_config", "torchvision_compat", "stopping", "telemetry"},
     {"config", "world"},
-    {"losses", "model", "preprocess", "templates"},
-    {"checkpoint", "loader", "engine", "zero_shot", "retrieval", "reporting", "features", "eval_data"},
+    {"losses", "model", "preprocess", "templates", "dropout", "guard"},
+    {"accumulation", "average", "flops", "saver"}
+    | {"checkpoint", "loader", "engine", "zero_shot", "retrieval", "reporting", "features", "eval_data"},
     {
         "trainer",
         "evaluate",

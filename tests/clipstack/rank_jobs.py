@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import clipstack.torchvision_compat  # noqa: F401  isort: skip  (has to precede timm and open_clip)
 import torch
 from deepspeed.utils import safe_get_full_grad
 from timm.layers.drop import DropPath
@@ -189,12 +190,14 @@ class _Faults:
 
     nan_image, spike: places whose images are NaN, whose loss is a hundredfold. inf_gradient: places. crash,
     kill: a place. disk_full: [low, high), places between which no file may grow beyond 2 MB, on all ranks.
+    sigterm: the phase of training in which this process signals itself, once.
     """
 
     def __init__(self, world_size: int, rank: int) -> None:
         self._given = json.loads(os.environ["FAULTS"])
         self.is_last = rank == world_size - 1
         self.place = 0
+        self._signalled = False
 
     def at(self, name: str) -> bool:
         given = self._given.get(name)
@@ -203,6 +206,11 @@ class _Faults:
             and given is not None
             and self.place in (given if isinstance(given, list) else [given])
         )
+
+    def phase(self, name: str) -> None:
+        if self.is_last and self._given.get("sigterm") == name and not self._signalled:
+            self._signalled = True
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def enter(self, place: int, settle: Callable[[], None]) -> None:
         self.place = place
@@ -225,6 +233,7 @@ def train_with_faults(argv: Sequence[str]) -> int:
     class Faulty(trainer.Training):
         def forward(self, batch: Batch) -> trainer.StepLoss | None:
             faults.enter(batch.next_sample, self.saver.settle)
+            faults.phase("forward")
             loss = super().forward(batch)
             if loss is not None and faults.at("spike"):
                 return replace(loss, output=LossOutput(loss.output.total * 100, loss.output.terms))
@@ -239,9 +248,22 @@ def train_with_faults(argv: Sequence[str]) -> int:
             )
 
         def learn(self, loss: trainer.StepLoss, lr: float) -> StepResult:
+            faults.phase("learn")
             if faults.at("inf_gradient"):
                 loss = replace(loss, output=LossOutput(loss.output.total * math.inf, loss.output.terms))
             return super().learn(loss, lr)
+
+        def evaluate(self) -> None:
+            faults.phase("evaluate")
+            super().evaluate()
+
+        def save(self) -> None:
+            faults.phase("save")
+            super().save()
+
+        def export(self) -> None:
+            faults.phase("export")
+            super().export()
 
     trainer.Training = Faulty  # type: ignore[misc]
     return train.main(argv)

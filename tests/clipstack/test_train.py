@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 from dataclasses import dataclass
@@ -321,3 +322,53 @@ def test_resume_passes_over_damaged_checkpoints(trainer: Trainer, straight: Path
     text = trainer.train(run, "checkpoint.keep_last=3")
     assert "optimizer.safetensors does not match its checksum" in text and "at step 4" in text
     assert metrics(run) == metrics(straight)
+
+
+@pytest.mark.parametrize("phase", ["forward", "learn", "evaluate", "save", "export"])
+def test_sigterm_in_any_phase_loses_nothing(
+    trainer: Trainer, validated: Path, tiny_shards: Path, tmp_path: Path, phase: str
+) -> None:
+    run = tmp_path / "run"
+    argv = trainer.arguments(run, *validating(tiny_shards))
+    ended = trainer.zygote.run(FAULTY, argv, env=faults(sigterm=phase), timeout_s=60)
+    assert ended.codes == ([0, 0] if phase == "export" else [3, 3]), ended.text
+    assert steps_saved(run)[-1] == metrics(run)[-1]["step"]
+    trainer.train(run, *validating(tiny_shards))
+    assert metrics(run) == metrics(validated)
+    assert (run / "eval.jsonl").read_text() == (validated / "eval.jsonl").read_text()
+    assert weights_hash(run) == weights_hash(validated)
+
+
+def validating(shards: Path) -> list[str]:
+    return [
+        f"data.val={shards / 'part-00003.tar'}", "eval.every_steps=2", "eval.best_metric=clip_loss",
+        "train.steps=6", "train.ema_decay=0.9", "checkpoint.every_steps=2", "checkpoint.keep_last=1",
+        "data.workers=1",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def validated(trainer: Trainer, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with validation, a moving average, and the best checkpoint kept."""
+    run = tmp_path_factory.mktemp("validated") / "run"
+    trainer.train(run, *validating(tiny_shards))
+    return run
+
+
+def test_the_best_checkpoint_stays_and_is_exported_with_the_average(validated: Path) -> None:
+    evaluations = [json.loads(line) for line in (validated / "eval.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in evaluations] == [2, 4, 6]
+    best = min(evaluations, key=lambda line: line["clip_loss"])["step"]
+    assert steps_saved(validated) == sorted({best, 6})
+    checkpoint = validated / f"checkpoints/step-{best:08d}/open_clip_model.safetensors"
+    assert weights_hash(validated, "export-best") == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    average, last = load_model(validated / "export-ema").model, load_model(validated).model
+    assert any(not torch.equal(a, b) for a, b in zip(average.parameters(), last.parameters(), strict=True))
+
+
+def test_saves_by_time_and_tensorboard(trainer: Trainer, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    often = ("checkpoint.every_minutes=0.00001", "checkpoint.keep_last=9")
+    trainer.train(run, *often, "train.steps=5", "log.tensorboard=true", "data.workers=0", ranks=1)
+    assert steps_saved(run) == [1, 2, 3, 4, 5]
+    assert list((run / "tensorboard").iterdir())
