@@ -17,14 +17,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.clipstack.launching import POLL_S, Job, Zygote
 from tests.clipstack.training_runs import metrics, weights_hash, write_recipe, write_shards
-
-STEPS, LATEST_KILL_S = 120, 6.0
 
 
 def main() -> int:
@@ -34,6 +33,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=42, help="kills in all")
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3], help="ZeRO stages, in turn")
     parser.add_argument("--seed", type=int, default=0, help="decides ranks and moments")
+    parser.add_argument("--latest", type=float, default=6.0, help="kill within so many seconds of the start")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -43,32 +43,43 @@ def main() -> int:
         rounds = [args.rounds // len(args.stages)] * len(args.stages)
         rounds[-1] += args.rounds - sum(rounds)
         good = [
-            survives(zygote, recipe, root / f"stage-{stage}", stage, count, rng)
+            survives(zygote, recipe, root / f"stage-{stage}", stage, count, rng, args.latest)
             for stage, count in zip(args.stages, rounds, strict=True)
         ]
         zygote.close()
     return 0 if all(good) else 1
 
 
-def survives(zygote: Zygote, recipe: Path, folder: Path, stage: int, rounds: int, rng: random.Random) -> bool:
+def survives(
+    zygote: Zygote,
+    recipe: Path,
+    folder: Path,
+    stage: int,
+    rounds: int,
+    rng: random.Random,
+    latest_s: float,
+    *,
+    steps: int = 120,
+) -> bool:
     """Whether a run killed `rounds` times equals one that was left alone."""
     start = time.monotonic()
-    options = [f"train.zero_stage={stage}", f"train.steps={STEPS}", "checkpoint.every_steps=5"]
+    options = [f"train.zero_stage={stage}", f"train.steps={steps}", "checkpoint.every_steps=5"]
     straight, killed = folder / "straight", folder / "killed"
     ended = zygote.train("--config", recipe, f"run.dir={straight}", *options, timeout_s=300)
     assert ended.codes == [0, 0], ended.text
     moments: Counter[str] = Counter()
     while sum(moments.values()) < rounds:
         job = zygote.start_training("--config", recipe, f"run.dir={killed}", *options)
-        moment = await_moment(job, killed, rng)
+        moment = await_moment(job, killed, rng, latest_s)
         if job.has_ended():
             # It came through before its turn: from the start again, with the same data and the same end.
             assert job.wait().codes == [0, 0], job.log(0)
             assert equal(killed, straight), "an undisturbed end differs"
             killed = folder / f"killed-{sum(moments.values())}"
             continue
-        job.send(rng.randrange(2), signal.SIGKILL)
-        job.wait(30)  # all ranks stop within 30 s
+        with suppress(ProcessLookupError):  # it may have ended this very moment
+            job.send(rng.randrange(2), signal.SIGKILL)
+        job.wait(30)  # every rank stops within 30 s
         moments[moment] += 1
     ended = zygote.train("--config", recipe, f"run.dir={killed}", *options, timeout_s=300)
     good = ended.codes == [0, 0] and equal(killed, straight)
@@ -81,9 +92,9 @@ def survives(zygote: Zygote, recipe: Path, folder: Path, stage: int, rounds: int
     return good
 
 
-def await_moment(job: Job, run: Path, rng: random.Random) -> str:
+def await_moment(job: Job, run: Path, rng: random.Random, latest_s: float) -> str:
     """Wait for the moment to strike; its name."""
-    end = time.monotonic() + rng.uniform(0.5, LATEST_KILL_S)
+    end = time.monotonic() + rng.uniform(0.5, latest_s)
     in_save = rng.random() < 1 / 3
     while not job.has_ended():
         if time.monotonic() >= end:
