@@ -189,6 +189,8 @@ ObjectiveConfig = Annotated[
 
 def parse_objective(table: Mapping[str, Any]) -> ObjectiveConfig:
     """Validate an objective table. Raises ConfigError in one line that names each wrong field."""
+    if not isinstance(table, Mapping):
+        raise ConfigError(f'objective = {table!r}: give a table such as {{name = "clip"}}')
     adapter: TypeAdapter[ObjectiveConfig] = TypeAdapter(ObjectiveConfig)
     try:
         return adapter.validate_python(dict(table))

@@ -12,12 +12,15 @@ from data_pipelines.errors import DataError
 from data_pipelines.order import Order, OrderParams, batch_ranges, rank_slice
 from data_pipelines.stream import Reader, ReadOptions, make_manifest
 
+MAX_NUMBER = 2**62
+"""Positions and seeds are 64-bit numbers; this leaves room for a batch behind the last position."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = OrderParams()
     parser.add_argument("--data", nargs="+", required=True, metavar="PATH", help="shards, as in data.train")
     parser.add_argument("--batch-size", type=_positive, required=True, help="samples of a global batch")
-    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--seed", type=_natural, required=True)
     parser.add_argument("--start-sample", type=_natural, default=0, help="position to start from (default 0)")
     parser.add_argument("--batches", type=_positive, required=True, help="how many batches to show")
     parser.add_argument("--world-size", type=_positive, default=1, help="number of ranks (default 1)")
@@ -58,10 +61,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _row(order: Order, reader: Reader, ranges: tuple[tuple[int, int], ...]) -> dict[str, Any]:
     draws = [order.take(low, high - low) for low, high in ranges]
-    epochs = [int(epoch) for draw in draws for epoch in draw.epoch]
     keys = [reader.key(int(sample)) for draw in draws for sample in draw.sample]
-    # `epoch` is that of the first sample: a batch may go on into the next one, which `epochs` shows.
-    return {"epoch": epochs[0], "keys": keys, "epochs": epochs}
+    # That of the first sample: a batch may go on into the next epoch.
+    return {"epoch": int(draws[0].epoch[0]), "keys": keys}
 
 
 def _show(row: dict[str, Any], *, as_json: bool) -> str:
@@ -82,6 +84,6 @@ def _natural(text: str) -> int:
         value = int(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from error
-    if value < 0:
-        raise argparse.ArgumentTypeError("must not be negative")
+    if not 0 <= value < MAX_NUMBER:
+        raise argparse.ArgumentTypeError(f"{text}: must lie in 0 .. 2^62")
     return value

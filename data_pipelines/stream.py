@@ -65,8 +65,8 @@ class Source:
 
 
 class BadSample(NamedTuple):
-    """A line of quarantine.jsonl. `key` is None where a shard is damaged and nobody knows which keys it
-    held."""
+    """Shard, key and reason are a line of quarantine.jsonl. `key` is None where a shard is damaged and nobody
+    knows which keys it held."""
 
     shard: str
     key: str | None
@@ -531,7 +531,8 @@ def _identity(sample: BadSample) -> tuple[str, str | None, str]:
 
 
 def _line(sample: BadSample) -> bytes:
-    return (json.dumps(sample._asdict(), ensure_ascii=False) + "\n").encode()
+    record = {"shard": sample.shard, "key": sample.key, "reason": sample.reason}
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode()
 
 
 def order_state(manifest: Manifest, params: OrderParams) -> dict[str, object]:

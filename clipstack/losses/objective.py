@@ -19,6 +19,7 @@ from clipstack.losses.tiles import CPU_TILE, CUDA_TILE
 from clipstack.losses.triton_tiles import require_triton
 from clipstack.losses.types import Embeddings, LossOutput
 from clipstack.objective_config import (
+    OBJECTIVES,
     ClipObjective,
     DclObjective,
     DebiasedObjective,
@@ -54,7 +55,7 @@ def build_objective(
     memory against speed. triton: use the CUDA kernels; where None, if the environment has CLIPSTACK_TRITON=1.
     Raises ConfigError naming the field that is wrong.
     """
-    if isinstance(config, Mapping):
+    if not isinstance(config, OBJECTIVES):
         config = parse_objective(config)
     world = current_world() if world is None else world
     if tile is None:

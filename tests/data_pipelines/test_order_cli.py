@@ -58,6 +58,7 @@ def test_order_prints_an_object_for_each_batch_and_rank(
     assert set(Counter(keys).values()) == {3} and len(set(keys)) == N
     assert keys[0].split("/")[0] in {f"{shard}.tar" for shard in range(4)}
     assert [row["epoch"] for row in rows] == [2 * i // N for i in range(45)]
+    assert {tuple(row) for row in rows} == {("batch", "rank", "epoch", "keys")}
 
 
 def test_order_from_the_middle_continues(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,6 +74,8 @@ def test_order_from_the_middle_continues(shards: Path, capsys: pytest.CaptureFix
         (["--batch-size", "5", "--world-size", "2"], "--batch-size 5: not divisible"),
         (["--batch-size", "0"], "must be at least 1"),
         (["--batch-size", "x"], "no whole number"),
+        (["--batch-size", "2", "--start-sample", "1" + 20 * "0"], "must lie in 0 .. 2^62"),
+        (["--batch-size", "2", "--seed", "-1"], "must lie in 0 .. 2^62"),
     ],
 )
 def test_wrong_numbers_are_refused_in_one_line(

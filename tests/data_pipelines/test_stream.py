@@ -328,6 +328,7 @@ def test_the_quarantine_names_each_sample_once_whatever_processes_and_restarts(t
     records = [json.loads(line) for line in path.read_text().splitlines()]
     names = Counter((record["shard"], record["key"] or record["reason"]) for record in records)
     assert len(names) == 60 + 7 + 1 and set(names.values()) == {1}
+    assert {tuple(record) for record in records} == {("shard", "key", "reason")}
 
 
 def test_the_manifest_depends_on_names_and_content_but_not_on_the_place(tmp_path: Path) -> None:

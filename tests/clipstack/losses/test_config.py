@@ -60,6 +60,11 @@ def test_a_wrong_field_is_refused_in_one_line_that_names_it(table: dict[str, Any
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_name_alone_is_no_table() -> None:
+    with pytest.raises(ConfigError, match=r"objective = 'clip': give a table"):
+        build_objective("clip", World())  # type: ignore[arg-type]
+
+
 def test_two_wrong_fields_are_both_named() -> None:
     with pytest.raises(ConfigError, match=r"objective\.beta = -1.*; objective\.alpha = 3"):
         parse_objective({"name": "hard_negative", "beta": -1, "alpha": 3})
