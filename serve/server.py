@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
+import socket
 import time
 from types import FrameType
 
@@ -14,6 +16,8 @@ from serve.service import Service
 from serve.settings import Settings
 
 logger = logging.getLogger("serve")
+
+LAST_WORDS_S = 0.2  # for requests on connections that were made before the port closed
 
 
 class Server(uvicorn.Server):
@@ -48,6 +52,13 @@ class Server(uvicorn.Server):
             if drained or waited_s >= self._settings.grace_s:
                 return True
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the port, answer with 503 what had reached it by then, and only then close the connections."""
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(LAST_WORDS_S)
+        await super().shutdown(sockets)
 
     def _begin_drain(self) -> None:
         if not self._service.draining:
