@@ -69,7 +69,7 @@ def survives(
     assert ended.codes == [0, 0], ended.text
     moments: Counter[str] = Counter()
     while sum(moments.values()) < rounds:
-        job = zygote.start_training("--config", recipe, f"run.dir={killed}", *options)
+        job = zygote.start_training("--config", recipe, f"run.dir={killed}", *options, launcher=True)
         moment = await_moment(job, killed, rng, latest_s)
         if job.has_ended():
             # It came through before its turn: from the start again, with the same data and the same end.

@@ -10,6 +10,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,6 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._signalled = False
-        self._leaves_at_once = False
         self._runner = _deepspeed_runner()
 
     @property
@@ -46,17 +46,30 @@ class StopRequest:
     @contextmanager
     def leaving_at_once(self) -> Iterator[None]:
         """Inside this block there is nothing to save, and perhaps nobody to agree with: a signal ends the
-        process."""
-        self._leaves_at_once = True
+        process.
+
+        A thread does it, since the main one may be waiting for other ranks inside a library, where Python's
+        handlers do not run.
+        """
+        heard, told = os.pipe()
+        os.set_blocking(told, False)
+        before = signal.set_wakeup_fd(told)  # the number of each signal is written there at once
+        threading.Thread(target=_leave_when_told, args=(heard,), daemon=True, name="stop").start()
         try:
             yield
         finally:
-            self._leaves_at_once = False
+            signal.set_wakeup_fd(before)
+            os.close(told)  # which ends the thread
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._leaves_at_once:
-            os._exit(STOPPED)
         self._signalled = True
+
+
+def _leave_when_told(heard: int) -> None:
+    while told := os.read(heard, 1):
+        if told[0] in (signal.SIGTERM, signal.SIGINT):
+            os._exit(STOPPED)
+    os.close(heard)
 
 
 def end_with_parent() -> None:

@@ -47,13 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
-        cause = str(error).strip().splitlines()[0].split(". ")[0]
-        print(
-            f"error: another rank ended or did not answer ({cause}); its own message tells why, and the same "
-            "command "
-            "resumes from the last checkpoint",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        print(f"error: {_about_lost_peer(error)}", file=sys.stderr, flush=True)
         return 1
 
 
@@ -62,6 +56,16 @@ def is_lost_peer(error: RuntimeError) -> bool:
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def _about_lost_peer(error: RuntimeError) -> str:
+    cause = str(error).strip().splitlines()[0].split(". ")[0]
+    if "imed out" in cause:
+        cause += "; train.collective_timeout_s says how long a rank waits"
+    return (
+        f"another rank ended or did not answer ({cause}); its own message tells why, and the same command "
+        "resumes from the last checkpoint"
+    )
 
 
 def run(recipe: Recipe, args: argparse.Namespace) -> int:

@@ -29,7 +29,7 @@ from clipstack.engine import Engine, StepResult
 from clipstack.errors import ConfigError, DivergenceError
 from clipstack.evaluate import validate
 from clipstack.guard import Guard, Verdict, is_good
-from clipstack.loader import Batch, TrainLoader
+from clipstack.loader import Batch, ShardSamples, TrainLoader
 from clipstack.losses import build_objective
 from clipstack.losses.inputs import NonFiniteError
 from clipstack.losses.types import Embeddings, LossOutput
@@ -178,6 +178,8 @@ class Training:
             recipe.data, preprocess=self._preprocess, batch_size=train.batch_size, world=world,
             seed=recipe.seed, quarantine_path=run_dir / "quarantine.jsonl",
         )  # fmt: skip
+        if recipe.data.val is not None:
+            _check_validation(recipe)  # now, not after the first thousand steps
         self._share = train.batch_size // world.size
         self._passes = make_passes(
             self._encode, engine.backward, share=self._share, micro_batch_size=train.micro_batch_size
@@ -379,6 +381,13 @@ class Training:
         self._loader.close()
         self.saver.close()
         self.reporter.close()
+
+
+def _check_validation(recipe: Recipe) -> None:
+    """Raises DataError where data.val cannot be read."""
+    paths = (recipe.data.val,) if isinstance(recipe.data.val, str) else recipe.data.val
+    assert paths is not None
+    ShardSamples(paths, recipe.data, captions="optional")
 
 
 def newest_good(folder: Path, reason: str) -> Path:

@@ -96,14 +96,14 @@ class Zygote:
 
     def start(
         self, call: str, argv: Sequence[object] = (), *, ranks: int = 2, cwd: Path | None = None,
-        env: Mapping[str, str] | None = None,
+        env: Mapping[str, str] | None = None, launcher: bool = False,
     ) -> Job:  # fmt: skip
         self._count += 1
         out = self._folder / f"job-{self._count}"
         out.mkdir()
         job = {
             "ranks": ranks, "call": call, "argv": [str(a) for a in argv], "cwd": str(cwd or REPOSITORY),
-            "env": dict(env or {}),
+            "env": dict(env or {}), "launcher": launcher,
             "out": str(out),
         }  # fmt: skip
         assert self._process.stdin is not None

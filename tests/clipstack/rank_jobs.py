@@ -189,7 +189,8 @@ class _Faults:
     that a fault belongs to its data. Unless said otherwise it happens on the last rank.
 
     nan_image, spike: places whose images are NaN, whose loss is a hundredfold. inf_gradient: places. crash,
-    kill: a place. disk_full: [low, high), places between which no file may grow beyond 2 MB, on all ranks.
+    hang, kill: a place. disk_full: [low, high), places between which no file may grow beyond 2 MB, on all
+    ranks.
     sigterm: the phase of training in which this process signals itself, once.
     """
 
@@ -216,6 +217,8 @@ class _Faults:
         self.place = place
         if self.at("crash"):
             raise ZeroDivisionError("made to fail")
+        if self.at("hang"):
+            signal.pause()
         if self.at("kill"):
             os.kill(os.getpid(), signal.SIGKILL)
         low, high = self._given.get("disk_full", (0, 0))

@@ -372,3 +372,23 @@ def test_saves_by_time_and_tensorboard(trainer: Trainer, tmp_path: Path) -> None
     trainer.train(run, *often, "train.steps=5", "log.tensorboard=true", "data.workers=0", ranks=1)
     assert steps_saved(run) == [1, 2, 3, 4, 5]
     assert list((run / "tensorboard").iterdir())
+
+
+def test_a_rank_that_hangs_is_given_up_after_the_time_that_the_recipe_names(
+    trainer: Trainer, tmp_path: Path
+) -> None:
+    argv = trainer.arguments(tmp_path / "run", "train.collective_timeout_s=5", "data.workers=0")
+    job = trainer.zygote.start(FAULTY, argv, env=faults(hang=24))
+    wait_until(lambda: "error: another rank" in job.log(0), 60, "the end of the other rank")
+    assert "imed out" in job.log(0) and "train.collective_timeout_s says how long a rank waits" in job.log(0)
+    job.send(1, signal.SIGKILL)
+    assert job.wait(30).codes == [1, -signal.SIGKILL]
+
+
+def test_wandb_offline(trainer: Trainer, tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="extra: wandb")
+    argv = trainer.arguments(tmp_path / "run", "train.steps=3", "log.wandb=tests", "data.workers=0")
+    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    ended = trainer.zygote.run("clipstack.train:main", argv, ranks=1, env=offline, timeout_s=120)
+    assert ended.codes == [0], ended.text
+    assert list((tmp_path / "run").rglob("*.wandb")), "a record that can be sent later"

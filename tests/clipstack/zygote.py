@@ -2,8 +2,9 @@
 
 It reads one job a line from stdin: {"ranks", "call", "argv", "cwd", "env", "out"}. `call` is
 "module:function", which gets argv and returns an exit code. Each job has a supervisor, which leads a process
-group of its own, as a launcher does. OUT gets rank-N.log, pids.json when the ranks run, and codes.json when
-all have ended (negative: killed by that signal).
+group of its own, as a launcher does. With
+"launcher" it ends the other ranks when one fails, as launchers do. OUT gets rank-N.log, pids.json when the
+ranks run, and codes.json when all have ended (negative: killed by that signal).
 """
 
 from __future__ import annotations
@@ -51,10 +52,13 @@ def _supervise(job: dict[str, Any]) -> None:
             _run_rank(job, rank, port, out)
         pids.append(pid)
     _write(out / "pids.json", [os.getpid(), *pids])
-    codes = {}
+    codes: dict[int, int] = {}
     for _ in pids:
         pid, status = os.wait()
         codes[pid] = os.waitstatus_to_exitcode(status)
+        if job["launcher"] and codes[pid] != 0:
+            for other in set(pids) - codes.keys():
+                os.kill(other, signal.SIGTERM)
     _write(out / "codes.json", [codes[pid] for pid in pids])
 
 
