@@ -18,9 +18,10 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from clipstack.config import Recipe, help_config, load_recipe
 from clipstack.errors import ClipstackError, ConfigError, DataError
@@ -69,41 +70,33 @@ def _about_lost_peer(error: RuntimeError) -> str:
 
 
 def run(recipe: Recipe, args: argparse.Namespace) -> int:
-    """Build everything that the recipe names and train it."""
+    """Build everything that the recipe names, then train it."""
     from clipstack.stopping import StopRequest
 
     stop = StopRequest()
     with stop.listening():
-        return _run(recipe, args, stop)
+        with stop.leaving_at_once():
+            start = _build(recipe, args, stop)
+        return start()
 
 
-def _run(recipe: Recipe, args: argparse.Namespace, stop: StopRequest) -> int:
-    with stop.leaving_at_once():
-        from clipstack.engine import (
-            Engine,
-            read_user_config,
-            start_distributed,
-            stop_distributed,
-            user_precision,
-        )
-        from clipstack.flops import peak_seconds_per_sample
-        from clipstack.model import build_model
-        from clipstack.run_folder import prepare, resolve_precision
-        from clipstack.stopping import end_with_parent
-        from clipstack.trainer import fit
+def _build(recipe: Recipe, args: argparse.Namespace, stop: StopRequest) -> Callable[[], int]:
+    """What there is to do, ready to start; calling it gives the exit code."""
+    from clipstack.engine import Engine, read_user_config, start_distributed, user_precision
+    from clipstack.flops import peak_seconds_per_sample
+    from clipstack.model import build_model
+    from clipstack.run_folder import prepare, resolve_precision
+    from clipstack.stopping import end_with_parent
 
-        user_config = read_user_config(args.deepspeed_config)
-        world = start_distributed(timeout=timedelta(seconds=recipe.train.collective_timeout_s))
+    user_config = read_user_config(args.deepspeed_config)
+    world = start_distributed(timeout=timedelta(seconds=recipe.train.collective_timeout_s))
     end_with_parent()
     check_batch(recipe, world)
     plan = world.from_main(lambda: prepare(recipe, fresh=args.fresh, dry_run=args.dry_run))
     if plan.is_finished:
-        _say(
-            world,
-            f"{recipe.run.dir}: finished at step {plan.step}; nothing to do (raise train.steps to go on)",
-        )
-        stop_distributed()
-        return 0
+        how = f"finished at step {plan.step}; nothing to do (raise train.steps to go on)"
+        _say(world, f"{recipe.run.dir}: {how}")
+        return lambda: 0
     for line in plan.messages:
         _say(world, line)
     model = build_model(
@@ -116,14 +109,23 @@ def _run(recipe: Recipe, args: argparse.Namespace, stop: StopRequest) -> int:
     if args.dry_run:
         from clipstack.dry_run import dry_run
 
-        return dry_run(resolved, model, world, user_config)
+        return partial(dry_run, resolved, model, world, user_config)
     snapshot = plan.load(resolved, model, world)
     assert resolved.train.precision != "auto"
     peak_s = peak_seconds_per_sample(model, world, resolved.train.precision)
     engine = Engine(model, resolved, world, user_config=user_config)
     if snapshot is not None:
         engine.load_optimizer_state(snapshot.optimizer)
-    outcome = fit(resolved, engine, world=world, resume_from=snapshot, stop=stop, peak_s_per_sample=peak_s)
+    return partial(
+        _fit, resolved, engine, world=world, resume_from=snapshot, stop=stop, peak_s_per_sample=peak_s
+    )
+
+
+def _fit(*args: Any, **options: Any) -> int:
+    from clipstack.engine import stop_distributed
+    from clipstack.trainer import fit
+
+    outcome = fit(*args, **options)
     stop_distributed()
     return outcome.value
 

@@ -22,15 +22,11 @@ def test_on_two_ranks(zygote: Zygote, check: str) -> None:
     assert ended.codes == [0, 0], ended.text
 
 
-@pytest.mark.parametrize(
-    "stages",
-    [
-        pytest.param(("3",), id="some"),
-        pytest.param(("0", "1", "2", "3"), id="all", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stages", [("0", "1"), ("2", "3")])
 def test_a_matrix_of_settings_on_two_ranks(zygote: Zygote, stages: tuple[str, ...]) -> None:
     ended = zygote.run(
-        f"{JOBS}:a_matrix_of_settings_gives_the_gradients_of_one_process", stages, timeout_s=240
+        f"{JOBS}:a_matrix_of_settings_gives_the_gradients_of_one_process", stages, timeout_s=500
     )
     assert ended.codes == [0, 0], ended.text

@@ -164,7 +164,7 @@ def events(run: Path) -> list[dict[str, Any]]:
     return [line for line in metrics(run) if "event" in line]
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 3])
 def test_steps_that_are_not_finite_are_skipped_on_all_ranks(
     trainer: Trainer, tmp_path: Path, stage: int
 ) -> None:
@@ -324,7 +324,14 @@ def test_resume_passes_over_damaged_checkpoints(trainer: Trainer, straight: Path
     assert metrics(run) == metrics(straight)
 
 
-@pytest.mark.parametrize("phase", ["forward", "learn", "evaluate", "save", "export"])
+@pytest.mark.parametrize(
+    "phase",
+    [
+        "evaluate",
+        "save",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("forward", "learn", "export")),
+    ],
+)
 def test_sigterm_in_any_phase_loses_nothing(
     trainer: Trainer, validated: Path, tiny_shards: Path, tmp_path: Path, phase: str
 ) -> None:
