@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clipstack import __version__
-from clipstack.errors import ClipstackError, ConfigError, DataError
+from clipstack.errors import ClipstackError, ConfigError, DataError, Stopped
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code: 0 done, 1 failed, 2 wrong input, 3 stopped but resumable."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    # The deepspeed launcher puts --local_rank in front of everything.
+    argv = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank=")]
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview())
         return 0
@@ -71,10 +72,21 @@ def _run(name: str, command: Command, argv: list[str]) -> int:
         return int(module.run(parser.parse_args(argv)))
     except ClipstackError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError | DataError) else 1
+        return exit_code(error)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        return 130
+        return 3
+
+
+def exit_code(error: ClipstackError) -> int:
+    """What a command that ended with this error returns to the shell."""
+    match error:
+        case Stopped():
+            return 3
+        case ConfigError() | DataError():
+            return 2
+        case _:
+            return 1
 
 
 def _overview() -> str:

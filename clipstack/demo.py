@@ -105,9 +105,14 @@ def _make_data(folder: Path, num_train: int) -> None:
 
 def _train(config: Path, overrides: Sequence[str], ranks: int) -> int:
     """`deepspeed clipstack/train.py` as a user would call it."""
+    import torch
+
     launcher = Path(sys.executable).with_name("deepspeed")
     script = Path(__file__).resolve().with_name("train.py")
     threads = max(1, (os.cpu_count() or 1) // ranks)
+    quiet = (
+        {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
+    )  # the launcher warns where it finds no GPU
     return subprocess.call(
         [
             str(launcher),
@@ -119,7 +124,7 @@ def _train(config: Path, overrides: Sequence[str], ranks: int) -> int:
             str(config),
             *overrides,
         ],
-        env={"OMP_NUM_THREADS": str(threads), **os.environ},
+        env={"OMP_NUM_THREADS": str(threads), **quiet, **os.environ},
     )
 
 

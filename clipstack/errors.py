@@ -1,6 +1,6 @@
 """The error tree. Data errors are defined below us, in `data_pipelines`, and shown here as one family."""
 
-from data_pipelines.errors import ClipstackError, DataError, SampleError, ShardError
+from data_pipelines.errors import ClipstackError, DataError, SampleError, ShardError, Stopped
 
 __all__ = [
     "CheckpointError",
@@ -10,6 +10,7 @@ __all__ = [
     "DivergenceError",
     "SampleError",
     "ShardError",
+    "Stopped",
 ]
 
 

@@ -16,6 +16,8 @@ from clipstack.config import LogConfig, Recipe
 from clipstack.errors import CheckpointError, ConfigError
 from clipstack.files import write_text
 
+SHOWN_METRICS = ("clip_loss", "top1", "mean_per_class_recall", "image_to_text_r1", "text_to_image_r1")
+"""What of an evaluation goes to the terminal; eval.jsonl has all of it."""
 METRICS_FILE, EVAL_FILE = "metrics.jsonl", "eval.jsonl"
 
 
@@ -68,7 +70,7 @@ class Reporter:
         """One line of eval.jsonl."""
         self._append(EVAL_FILE, values)
         self._send("eval", values)
-        shown = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float))
+        shown = ", ".join(f"{name} {values[name]:.4f}" for name in SHOWN_METRICS if name in values)
         self.say(f"step {values['step']}: {shown}")
 
     def event(self, name: str, step: int, message: str, **values: Any) -> None:
