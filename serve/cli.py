@@ -90,6 +90,11 @@ def run(args: argparse.Namespace) -> int:
         print(hash_token(sys.stdin.readline().strip()))
         return 0
     settings = settings_of(args, os.environ)
+    # GNU OpenMP's threads spin for milliseconds after each parallel region by default, and so take the cores
+    # from the
+    # threads that decode. This keeps them awake between the regions of one forward pass and lets them sleep
+    # after it.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     from serve.app import create_app
     from serve.logs import configure_logging
     from serve.server import run_server

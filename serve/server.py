@@ -54,7 +54,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the port, answer with 503 what had reached it by then, and only then close the connections."""
+        """Close the port, answer what had reached it by then, and only then close the connections."""
         for server in self.servers:
             server.close()
         await asyncio.sleep(LAST_WORDS_S)
