@@ -1,0 +1,43 @@
+"""docs/tree.md says in one line what each file owns; the line is the first sentence of the file itself.
+
+`python tests/test_tree.py` writes it anew.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("clipstack", "clipstack/losses", "data_pipelines", "serve", "benchmarks")
+
+
+def first_sentence(path: Path) -> str:
+    doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    paragraph = " ".join(doc.split("\n\n")[0].split())
+    return re.split(r"(?<=[.!?])\s+(?=[A-Z`])", paragraph)[0]
+
+
+def tree() -> str:
+    lines = ["# The tree", "", "One line a file: the first sentence of the file itself.", ""]
+    for package in PACKAGES:
+        lines += [f"## {package}/", ""]
+        for path in sorted((ROOT / package).glob("*.py")):
+            if path.name != "__init__.py":
+                lines.append(f"- `{path.name}`: {first_sentence(path)}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def test_every_module_opens_with_a_sentence() -> None:
+    silent = [
+        path for package in PACKAGES for path in (ROOT / package).glob("*.py") if not first_sentence(path)
+    ]
+    assert silent == []
+
+
+def test_the_tree_in_the_docs_is_true() -> None:
+    assert (ROOT / "docs/tree.md").read_text(encoding="utf-8") == tree(), "run python tests/test_tree.py"
+
+
+if __name__ == "__main__":
+    (ROOT / "docs/tree.md").write_text(tree(), encoding="utf-8")
