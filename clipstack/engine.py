@@ -35,6 +35,7 @@ from deepspeed.utils import (
     set_z3_leaf_modules,
 )
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from clipstack.config import OptimConfig, Recipe
 from clipstack.dropout import key_dropouts
@@ -65,12 +66,25 @@ def start_distributed(*, timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if not dist.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        deepspeed.init_distributed(
-            dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False
-        )
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not dist.is_initialized():
+        _join_restartable(backend, timeout)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
     return current_world()
+
+
+def _join_restartable(backend: str, timeout: timedelta) -> None:
+    """Join under torchrun, whose store outlives a restart: without a prefix, ranks read the addresses of dead
+    ones."""
+    env = os.environ
+    store = TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=timeout)
+    dist.init_process_group(
+        backend,
+        store=PrefixStore(f"attempt-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store),
+        rank=int(env["RANK"]),
+        world_size=int(env["WORLD_SIZE"]),
+        timeout=timeout,
+    )
 
 
 def _lonely_launch() -> dict[str, str]:
