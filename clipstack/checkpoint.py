@@ -296,11 +296,14 @@ def export_model(
 
     Reads a run folder (its newest sound checkpoint), a checkpoint, or an exported folder. `evaluations`: what
     `clipstack eval --json` wrote, for the cards. `average`: the moving average of the weights, which a
-    checkpoint has where the recipe asks for one. Returns `out_dir`. Raises CheckpointError.
+    checkpoint has where the recipe asks for one. Returns `out_dir`. Raises ConfigError for an `out_dir` or
+    evaluations that do not fit, CheckpointError.
     """
     source, out = Path(run_or_checkpoint), Path(out_dir)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--output {out}: is a file; name a new or empty folder")
     if out.exists() and any(out.iterdir()) and not (out / CONFIG_FILE).is_file():
-        raise CheckpointError(f"--output {out}: holds other files; name a new or empty folder")
+        raise ConfigError(f"--output {out}: holds other files; name a new or empty folder")
     path = _weights_folder(source, prefer_export=False)
     record, max_logit_scale, weights = _read_weights(path)
     if average:
@@ -314,7 +317,7 @@ def export_model(
     }
     for one in evaluations:
         if one["fingerprint"] != about["fingerprint"]:
-            raise CheckpointError(
+            raise ConfigError(
                 f"--evaluation: of model {one['model']} ({one['fingerprint']}), not of this one "
                 f"({about['fingerprint']}); evaluate {source} itself"
             )
@@ -323,6 +326,8 @@ def export_model(
         with whole_folder(out) as beside:
             save_file(weights, beside / WEIGHTS_FILE)
             (beside / CONFIG_FILE).write_text(record.to_json() + "\n", encoding="utf-8")
+            # safetensors lets the owner alone read; a server under another account needs what others get.
+            (beside / WEIGHTS_FILE).chmod((beside / CONFIG_FILE).stat().st_mode)
             (beside / RECORD_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
             (beside / MODEL_CARD).write_text(model_card(facts), encoding="utf-8")
             (beside / DATA_CARD).write_text(data_card(facts), encoding="utf-8")
@@ -474,12 +479,19 @@ def _read_weights(path: Path) -> tuple[ModelRecord, float, dict[str, Tensor]]:
             f"{path}: format {about['format']!r}, and this clipstack reads {FORMAT}; "
             "use the version that wrote it"
         )
-    record = record_of_tables(config["model_cfg"], config.get("preprocess_cfg", {}))
-    return (
-        record,
-        float(about.get("max_logit_scale", DEFAULT_MAX_LOGIT_SCALE)),
-        _read_tensors(path / WEIGHTS_FILE),
-    )
+    tables = config.get("model_cfg")
+    if not isinstance(tables, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= tables.keys():
+        raise CheckpointError(
+            f"{path / CONFIG_FILE}: model_cfg must hold embed_dim, vision_cfg and text_cfg; "
+            "export the model again"
+        )
+    record = record_of_tables(tables, config.get("preprocess_cfg", {}))
+    max_logit_scale = about.get("max_logit_scale", DEFAULT_MAX_LOGIT_SCALE)
+    if not isinstance(max_logit_scale, int | float):
+        raise CheckpointError(
+            f"{path}: max_logit_scale is {max_logit_scale!r}, not a number; export the model again"
+        )
+    return record, float(max_logit_scale), _read_tensors(path / WEIGHTS_FILE)
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ luck."""
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipstack.errors import ConfigError
-from clipstack.eval_report import read_json
+from clipstack.eval_report import check_writable, read_json, write_object
 from clipstack.intervals import bootstrap, class_means, percentile_interval, two_sided_p
 
 Int64 = npt.NDArray[np.int64]
@@ -60,11 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`clipstack compare`. Raises ConfigError."""
+    check_writable("--json", args.json)
     a, b = read_json(args.a), read_json(args.b)
     rows = compare(a, b, names=(str(args.a), str(args.b)))
     print(table(a, b, rows))
     if args.json is not None:
-        args.json.write_text(json.dumps([row.__dict__ for row in rows], indent=1) + "\n", encoding="utf-8")
+        write_object(args.json, [row.__dict__ for row in rows])
     return 0
 
 
@@ -85,6 +85,9 @@ def _check_paired(a: Evaluation, b: Evaluation, names: tuple[str, str]) -> None:
             f"{names[1]}: its data ({b['data']}) are not those of {names[0]} ({a['data']}); "
             "evaluate both models on the same data"
         )
+    if a["outcomes"].keys() != b["outcomes"].keys():
+        differing = sorted(a["outcomes"].keys() ^ b["outcomes"].keys())
+        raise ConfigError(f"{names[1]}: {names[0]} and it differ in the outcomes {differing}; evaluate again")
     for name in SAMPLES:
         if not np.array_equal(a["outcomes"].get(name, ()), b["outcomes"].get(name, ())):
             raise ConfigError(

@@ -58,6 +58,8 @@ def _read_file(file: Path) -> Iterator[Case]:
                 yield _case(_parse(line, f"{file}, line {number}"), f"{file}, line {number}", kind=file.stem)
         return
     content = _parse(text, str(file))
+    if not isinstance(content, dict | list):
+        raise DataError(f"{file}: holds {content!r:.40}; it must hold a list or an object of cases")
     entries = content.items() if isinstance(content, dict) else enumerate(content)
     for key, entry in entries:
         yield _case(entry, f"{file}, entry {key}", kind=file.stem)
@@ -99,4 +101,6 @@ def _box(entry: Mapping[str, Any], where: str) -> Box | None:
         x, y, width, height = (int(entry[name]) for name in names)
     except (TypeError, ValueError) as error:
         raise DataError(f"{where}: bbox_x, bbox_y, bbox_w, bbox_h must be numbers of pixels") from error
+    if width < 1 or height < 1:
+        raise DataError(f"{where}: bbox_w = {width}, bbox_h = {height}: both must be 1 or more")
     return x, y, x + width, y + height

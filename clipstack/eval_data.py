@@ -57,7 +57,8 @@ def open_eval_data(
         other = next((child for child in sorted(root.iterdir()) if any(child.glob("*.tar"))), None)
         if other is not None:
             raise ConfigError(
-                f"--split {split}: no shards there; {other} has some: give --split {other.name}"
+                f"--split {split}: no shards there; {other} has some: give --split {other.name}, "
+                f"or name {other} itself as the data"
             )
         if captions == "required":
             raise ConfigError(f"--data {path}: no shards (*.tar) there; retrieval needs shards with captions")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from data_pipelines.stream import BadSample
 
 Int64 = npt.NDArray[np.int64]
 FORMAT = 1
+REQUIRED = {"task", "n", "model", "fingerprint", "data", "data_digest", "outcomes"}
+"""Without these a file is no evaluation."""
 EXAMPLES_OF_SKIPPED = 20
 
 
@@ -100,9 +103,30 @@ def to_json(report: Report) -> dict[str, Any]:
     }
 
 
+def check_writable(key: str, path: Path | None) -> None:
+    """Whether a file can be made at `path`, given under `key`; makes its folder. Raises ConfigError."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{key} {path}: its folder cannot be made ({error.strerror}); name another"
+        ) from error
+    if path.is_dir():
+        raise ConfigError(f"{key} {path}: is a folder; name a file")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"{key} {path}: {path.parent} may not be written to; name another place")
+
+
 def write_json(path: Path, report: Report) -> None:
     """Raises DataError where the file cannot be written."""
-    text = json.dumps(to_json(report), indent=1, ensure_ascii=False, allow_nan=False)
+    write_object(path, to_json(report))
+
+
+def write_object(path: Path, value: Any) -> None:
+    """`value` as JSON at the path of --json. Raises DataError where it cannot be written."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text + "\n")
@@ -118,7 +142,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: cannot be read ({error}); name what clipstack eval --json wrote"
         ) from error
-    if not isinstance(value, dict) or "task" not in value or "outcomes" not in value:
+    if not isinstance(value, dict) or not value.keys() >= REQUIRED:
         raise ConfigError(f"{path}: is no evaluation; name what clipstack eval --json wrote")
     if value.get("format") != FORMAT:
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from clipstack.config import Recipe
 from clipstack.errors import ConfigError
 from clipstack.eval_data import Captions, EvalData, find_classnames, folders_beside, open_eval_data
 from clipstack.eval_page import write_page
-from clipstack.eval_report import Report, table, write_json
+from clipstack.eval_report import Report, check_writable, table, write_json
 from clipstack.eval_tasks import (
     Prompts,
     Setup,
@@ -170,9 +171,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classnames", type=Path, metavar="FILE", help="class names, line k for class k-1")
     parser.add_argument("--split", default="test", help="folder of a CLIP_benchmark data set (default: test)")
     parser.add_argument("--train-data", metavar="PATH", help="probe: labelled data to learn from")
-    parser.add_argument("--neighbours", type=int, default=20, help="probe: k of k-NN (default: 20)")
+    parser.add_argument("--neighbours", type=_positive, default=20, help="probe: k of k-NN (default: 20)")
     parser.add_argument(
-        "--inverse-penalty", type=float, default=0.316, help="probe: scikit-learn's C (default: 0.316)"
+        "--inverse-penalty",
+        type=_positive_real,
+        default=0.316,
+        help="probe: scikit-learn's C (default: 0.316)",
     )
     parser.add_argument("--images", type=Path, metavar="DIR", help="compositional: folder of the images")
 
@@ -185,13 +189,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
     parser.add_argument("--batch-size", type=_positive, default=64, help="images at once (default: 64)")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes a rank (default: 2)")
+    parser.add_argument(
+        "--workers", type=_not_negative, default=2, help="loader processes a rank (default: 2)"
+    )
     # Launchers add it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
     """`clipstack eval`. Raises ClipstackError."""
+    check_writable("--json", args.json)  # before the work, not after it
+    check_writable("--html", args.html)
     with joined_world(args.device) as world, torch.no_grad():
         loaded = load_model(args.model, pretrained=args.pretrained, device=world.device)
         _warn_of_random_weights(loaded, world)
@@ -248,6 +256,20 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value}: must be 1 or more")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value}: must be 0 or more")
+    return value
+
+
+def _positive_real(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{value}: must be above 0")
     return value
 
 

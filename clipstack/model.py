@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from open_clip.factory import load_state_dict
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from open_clip.transformer import text_global_pool
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from clipstack.config import ModelConfig
@@ -300,7 +302,28 @@ def named_pretrained(name: str, pretrained: str) -> nn.Module:
             f"pretrained = {pretrained!r}: no such file and no tag of {name}; "
             f"its tags: {', '.join(tags) or 'none'}"
         )
-    return cast(nn.Module, open_clip.create_model(name, pretrained=pretrained))
+    try:
+        return cast(nn.Module, open_clip.create_model(name, pretrained=pretrained))
+    except _UNUSABLE_WEIGHTS as error:
+        if not Path(pretrained).is_file():
+            raise  # a tag: what failed is not the user's file
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"pretrained = {pretrained!r}: not the weights of a {name}, or damaged ({reason:.120}); "
+            "name a whole .safetensors or .pt file of this architecture"
+        ) from error
+
+
+_UNUSABLE_WEIGHTS = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    EOFError,
+    RuntimeError,
+    AssertionError,
+    KeyError,
+)
+"""What open_clip's reading of a weights file ends with when the file is cut, no weights or another
+architecture's."""
 
 
 def _lock_text(towers: nn.Module) -> None:

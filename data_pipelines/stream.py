@@ -41,6 +41,8 @@ from data_pipelines.tar import checksum
 MAX_OPEN_SHARDS = 128
 SUBSTITUTES_IN_SHARD = 8
 SUBSTITUTES = 64
+MAX_CLASS_INDEX = 2**31 - 1
+"""Evaluations keep classes as 32-bit numbers."""
 MIN_DRAWS_FOR_RATE = 1000
 """The rate of bad samples is taken over at least so many draws: the first bad one must not end a run."""
 
@@ -395,9 +397,12 @@ def _class_index(payloads: Mapping[str, bytes]) -> int:
     if "cls" not in payloads:
         return -1
     try:
-        return int(payloads["cls"])
+        index = int(payloads["cls"])
     except ValueError as error:
         raise SampleError(f".cls is no class index: {payloads['cls'][:20]!r}") from error
+    if abs(index) > MAX_CLASS_INDEX:
+        raise SampleError(f".cls is no class index: {payloads['cls'][:20]!r}")
+    return index
 
 
 class Drawer:

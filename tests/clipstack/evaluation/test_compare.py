@@ -88,6 +88,10 @@ def test_what_cannot_be_paired_is_refused(tmp_path: Path, capsys: pytest.Capture
     write_json(tmp_path / "a.json", report(hits, model="A"))
     write_json(tmp_path / "data.json", report(hits, model="B", data="other"))
     write_json(tmp_path / "label.json", report(hits, model="B", label=np.arange(20)[::-1] % 4))
+    less = json.loads((tmp_path / "a.json").read_text())
+    del less["outcomes"]["rank"]
+    (tmp_path / "less.json").write_text(json.dumps(less))
+    (tmp_path / "bare.json").write_text('{"format": 1, "task": "zeroshot", "outcomes": {}}')
     (tmp_path / "text.json").write_text("[1")
     (tmp_path / "list.json").write_text("[1]")
     for name, expected in (
@@ -96,7 +100,12 @@ def test_what_cannot_be_paired_is_refused(tmp_path: Path, capsys: pytest.Capture
         ("text", "cannot be read"),
         ("list", "is no evaluation"),
         ("none", "cannot be read"),
+        ("bare", "is no evaluation"),
+        ("less", "differ in the outcomes ['rank']"),
     ):
         assert main(["compare", str(tmp_path / "a.json"), str(tmp_path / f"{name}.json")]) == 2
         said = capsys.readouterr().err
         assert expected in said and said.count("\n") == 1
+    a = str(tmp_path / "a.json")
+    assert main(["compare", a, a, "--json", str(tmp_path / "text.json" / "c.json")]) == 2
+    assert "--json" in capsys.readouterr().err

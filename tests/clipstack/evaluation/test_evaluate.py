@@ -195,6 +195,7 @@ def damaged(benchmark_folder: Path, out: Path) -> Path:
             Sample("d", {"png": png(3), "cls": b"3", "txt": b"caf\xe9 in latin-1"}),
             Sample("e", {"png": png(4), "cls": b"four", "txt": b"class is no number"}),
             Sample("f", {"png": png(5), "cls": b"5", "txt": b"sound"}),
+            Sample("g", {"png": png(6), "cls": b"9" * 30, "txt": b"class is beyond any integer type"}),
         ],
     )
     return out
@@ -208,7 +209,7 @@ def test_what_is_damaged_is_counted_and_left_out(
     skipped = report["skipped"]
     counts = {name: value for name, value in skipped.items() if name != "examples" and value}
     assert counts == {
-        "bad_samples": 2,
+        "bad_samples": 3,
         "without_class": 1,
         "labels_out_of_range": 1,
         "empty_shards": 1,
@@ -216,12 +217,13 @@ def test_what_is_damaged_is_counted_and_left_out(
     }
     assert report["n"] == NUM_SAMPLES + 2
     reasons = {example["key"]: example["reason"] for example in skipped["examples"]}
+    assert "9999" in reasons["g"]
     assert "four" in reasons["e"] and "decoded" in reasons["a"] and "4.tar" in reasons[None]
     assert "skipped: labels_out_of_range" in capsys.readouterr().out
     report = evaluate(model_folders["random"], data, "retrieval", tmp_path / "r.json")
     reasons = {example["key"]: example["reason"] for example in report["skipped"]["examples"]}
     assert "not UTF-8" in reasons["d"]
-    assert report["n"] == NUM_SAMPLES + 3 and report["skipped"]["bad_samples"] == 3
+    assert report["n"] == NUM_SAMPLES + 3 and report["skipped"]["bad_samples"] == 4
 
 
 def test_wrong_input_is_told_in_one_line(
@@ -233,6 +235,11 @@ def test_wrong_input_is_told_in_one_line(
     (bare / "test" / "0.tar").write_bytes((benchmark_folder / "test" / "0.tar").read_bytes())
     latin = tmp_path / "latin.txt"
     latin.write_bytes("café {}".encode("latin-1"))
+    number = tmp_path / "number.json"
+    number.write_text("5")
+    flat = tmp_path / "flat.json"
+    box = {"bbox_x": 1, "bbox_y": 1, "bbox_w": 0, "bbox_h": 3}
+    flat.write_text(json.dumps([{"image": "a.png", "caption": "a", "negatives": ["b"], **box}]))
     short = tmp_path / "short.txt"
     short.write_text("\n")
     empty = tmp_path / "empty"
@@ -249,6 +256,11 @@ def test_wrong_input_is_told_in_one_line(
         ("zeroshot", tmp_path / "none", (), "no such file or folder"),
         ("retrieval", empty, (), "empty archive"),
         ("probe", benchmark_folder, (), "--train-data"),
+        ("probe", benchmark_folder, ("--train-data", benchmark_folder), "itself as the data"),
+        ("zeroshot", benchmark_folder, ("--json", latin / "z.json"), "folder cannot be made"),
+        ("zeroshot", benchmark_folder, ("--html", empty), "is a folder"),
+        ("compositional", number, (), "a list or an object"),
+        ("compositional", flat, (), "bbox_w = 0"),
     ]
     (bare / "test" / "nshards.txt").write_text("1")
     for task, data, options, expected in cases:
@@ -259,6 +271,25 @@ def test_wrong_input_is_told_in_one_line(
     (bare / "test" / "nshards.txt").write_text("3")
     assert main(["eval", "--model", str(model), "--data", str(bare), "--task", "zeroshot"]) == 2
     assert "2 are missing, such as 1.tar" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--workers", "-1", "0 or more"),
+        ("--batch-size", "0", "1 or more"),
+        ("--neighbours", "0", "1 or more"),
+        ("--inverse-penalty", "-1", "above 0"),
+        ("--inverse-penalty", "nan", "above 0"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused(
+    option: str, value: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["eval", "--model", "m", "--data", "d", "--task", "probe", option, value])
+    said = capsys.readouterr().err
+    assert option in said and expected in said
 
 
 def test_probes_on_frozen_features_equal_scikit_learns(

@@ -114,8 +114,47 @@ def test_an_evaluation_enters_the_cards_of_its_own_model_only(
     assert f"| top1 | {top1:.4f} |" in (out / "MODEL_CARD.md").read_text()
     assert "Nothing is recorded" in (out / "DATA_CARD.md").read_text()
     capsys.readouterr()
-    assert main(["export", "--model", str(model_folders["random"]), *export]) == 1
+    assert main(["export", "--model", str(model_folders["random"]), *export]) == 2
     assert "--evaluation: of model" in capsys.readouterr().err
+    assert main(["export", "--model", str(model_folders["random"]), "--output", str(told)]) == 2
+    assert "is a file; name a new or empty folder" in capsys.readouterr().err
+
+
+def test_whoever_may_read_the_config_may_read_the_weights(exported: Path) -> None:
+    assert (exported / "open_clip_model.safetensors").stat().st_mode == (
+        exported / "open_clip_config.json"
+    ).stat().st_mode
+
+
+def test_damaged_tables_are_told_in_one_line(
+    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = json.loads((model_folders["random"] / "open_clip_config.json").read_text())
+    cases = [
+        ({"preprocess_cfg": {}}, {}, "model_cfg must hold"),
+        ({"model_cfg": {"embed_dim": 16, "vision_cfg": {}}}, {}, "model_cfg must hold"),
+        (tables, {"format": 1, "max_logit_scale": "x"}, "max_logit_scale is 'x'"),
+    ]
+    for config, about, expected in cases:
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+        (tmp_path / "clipstack.json").write_text(json.dumps(about))
+        assert main(["eval", "--model", str(tmp_path), "--data", "d", "--task", "zeroshot"]) == 1
+        said = capsys.readouterr().err
+        assert expected in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["of another architecture", "cut", "no weights"])
+def test_an_unusable_weights_file_is_told_in_one_line(
+    kind: str, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = (exported / "open_clip_model.safetensors").read_bytes()
+    content = {"of another architecture": weights, "cut": weights[:100], "no weights": b"x" * 99}[kind]
+    file = tmp_path / ("w.pt" if kind == "no weights" else "w.safetensors")
+    file.write_bytes(content)
+    words = ["--model", "ViT-S-32-alt", "--pretrained", str(file), "--data", "d", "--task", "zeroshot"]
+    assert main(["eval", *words]) == 2
+    said = capsys.readouterr().err
+    assert "not the weights of a ViT-S-32-alt, or damaged" in said and said.count("\n") == 1
 
 
 def test_templates_can_be_open_clips_own(model_folders: dict[str, Path]) -> None:
