@@ -349,7 +349,7 @@ def _facts(
         model_cfg=record.model_cfg,
         preprocess_cfg=record.preprocess_cfg,
         num_parameters=sum(tensor.numel() for tensor in weights.values()),
-        recipe=None if recipe is None else parse_recipe(tomllib.loads(recipe)),
+        recipe=parse_recipe(tomllib.loads(recipe)) if recipe else None,
         step=about.get("step"),
         samples_seen=about.get("samples_seen"),
         order=about.get("data"),
