@@ -29,7 +29,7 @@ from data_pipelines.index import Sample, write_shard
 
 T = TypeVar("T")
 
-IMAGE_SIZE = 48  # pixels, square
+IMAGE_SIZE = 60  # pixels, square
 
 # Things are bright and backgrounds dark, so that a thing's outline looks alike in every colour.
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -75,7 +75,8 @@ RELATIONS: dict[str, tuple[str, str]] = {
     "below": ("bottom", "top"),
 }
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-JITTER_PX = 1  # a thing stands up to this far from the centre of its cell, along each axis
+OUTWARD_PX = 2  # things outside the middle stand this far from their cell's centre, towards the edge
+JITTER_PX = 1  # and then up to this far from there, along each axis
 
 # No colour and no shape twice: each of them is trained in at least seven other pairs.
 HELD_OUT: tuple[tuple[str, str], ...] = (
@@ -273,7 +274,8 @@ def render(scene: Scene, rng: random.Random) -> NDArray[np.uint8]:
         shift_x, shift_y = (int((2 * JITTER_PX + 1) * rng.random()) - JITTER_PX for _ in "xy")
         column, row = PLACES[thing.place]
         # Masks are drawn in the middle cell. Nothing wraps around: jitter and all, a thing stays in its cell.
-        offset = ((row - 1) * CELL_PX + shift_y, (column - 1) * CELL_PX + shift_x)
+        step = CELL_PX + OUTWARD_PX
+        offset = ((row - 1) * step + shift_y, (column - 1) * step + shift_x)
         mask = np.roll(_mask(thing.shape, SIZES[thing.size]), offset, axis=(0, 1))[..., None]
         image += mask * (_tint(COLOURS[thing.colour], rng, 14) - image)
     return (image + 0.5).astype(np.uint8)

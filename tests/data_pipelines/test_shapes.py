@@ -134,7 +134,7 @@ def test_equal_arguments_give_equal_bytes_and_another_seed_does_not(folder: Path
 def test_a_thing_lies_in_its_own_cell_and_shows_its_colour(folder: Path) -> None:
     for _, members in samples(folder, "single"):
         thing = json.loads(members["json"])["things"][0]
-        image = np.asarray(Image.open(io.BytesIO(members["png"])), dtype=float)  # (48, 48, 3)
+        image = np.asarray(Image.open(io.BytesIO(members["png"])), dtype=float)  # (60, 60, 3)
         distance = np.abs(image - np.median(image, axis=(0, 1))).sum(-1)
         rows, columns = np.nonzero(distance > 60)
         column, row = shapes.PLACES[thing["place"]]
