@@ -33,8 +33,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ import pydantic_core
 REPOSITORY = Path(__file__).resolve().parents[1]
 NUM_IMAGES = 32
 LEAST_COSINE = 0.9999
-LONG_TEXT = " ".join("red green blue small large round square old new bright dark quiet".split() * 5)[:340]
+LONG_TEXT = " ".join(["red", "green", "blue", "small", "large", "round", "square", "old", "new", "bright", "dark", "quiet"] * 5)[:340]
 
 SMALL = {
     "embed_dim": 256,
@@ -58,9 +58,10 @@ SMALL = {
 
 def write_models(name: str, folder: Path) -> tuple[Path, Path]:
     """The same random weights as an exported folder and as a Hugging Face CLIP folder."""
+    from safetensors.torch import save_file
+
     from clipstack.config import ModelConfig
     from clipstack.model import build_model, open_clip_weights
-    from safetensors.torch import save_file
 
     config = ModelConfig(**SMALL) if name == "small" else ModelConfig(name=name)
     model = build_model(config, seed=0)
@@ -475,7 +476,7 @@ async def open_loop(target: Target, rate: float, seconds: float, *, seed: int = 
 # Limits: what the hardware could do without a server
 
 
-def limits(folder: Path, work: Work, *, seconds: float = 6.0) -> dict[str, float]:
+def limits(folder: Path, work: Work, *, seconds: float = 3.0) -> dict[str, float]:
     """images/s of the forward pass alone, and of decode + preparation + forward over all cores, in plain
     processes.
     """
@@ -555,9 +556,8 @@ def rounds(found: Sequence[Peer], args: argparse.Namespace, work: Work) -> dict[
     )
     results: dict[str, dict[str, list[dict[str, float]]]] = {name: {} for name, _ in entries}
     texts: dict[str, float] = {}
-    contexts = [running(peer) for _, peer in entries]
-    ports = [context.__enter__()[0] for context in contexts]
-    try:
+    with ExitStack() as stack:
+        ports = [stack.enter_context(running(peer))[0] for _, peer in entries]
         targets = {name: Target(peer, port, work) for (name, peer), port in zip(entries, ports, strict=True)}
 
         async def run() -> None:
@@ -576,9 +576,6 @@ def rounds(found: Sequence[Peer], args: argparse.Namespace, work: Work) -> dict[
                 print(f"round {number + 1}/{args.rounds}", file=sys.stderr)
 
         asyncio.run(run())
-    finally:
-        for context in contexts:
-            context.__exit__(None, None, None)
     return {"closed": results, "text_cosine": texts}
 
 
@@ -679,6 +676,7 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that every server is stopped
     with tempfile.TemporaryDirectory() as scratch:
         ours, theirs = write_models(args.model, Path(scratch))
         work = make_work(ours, args.photos)
