@@ -44,7 +44,9 @@ import pydantic_core
 REPOSITORY = Path(__file__).resolve().parents[1]
 NUM_IMAGES = 32
 LEAST_COSINE = 0.9999
-LONG_TEXT = " ".join(["red", "green", "blue", "small", "large", "round", "square", "old", "new", "bright", "dark", "quiet"] * 5)[:340]
+LONG_TEXT = " ".join(
+    ["red", "green", "blue", "small", "large", "round", "square", "old", "new", "bright"] * 6
+)
 
 SMALL = {
     "embed_dim": 256,
@@ -292,7 +294,7 @@ def running(peer: Peer) -> Iterator[tuple[int, int]]:
     """(port, process id) of a started peer, once it is ready."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    log = tempfile.TemporaryFile()
+    log = tempfile.TemporaryFile()  # noqa: SIM115 - outlives this line, and closes with the process
     process = subprocess.Popen(
         peer.command(port), cwd=REPOSITORY, env={**os.environ, **peer.environ}, stdout=log, stderr=log,
         start_new_session=True,
@@ -308,6 +310,7 @@ def running(peer: Peer) -> Iterator[tuple[int, int]]:
             time.sleep(0.2)
         yield port, process.pid
     finally:
+        os.killpg(process.pid, signal.SIGCONT)
         os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(20)
@@ -557,8 +560,8 @@ def rounds(found: Sequence[Peer], args: argparse.Namespace, work: Work) -> dict[
     results: dict[str, dict[str, list[dict[str, float]]]] = {name: {} for name, _ in entries}
     texts: dict[str, float] = {}
     with ExitStack() as stack:
-        ports = [stack.enter_context(running(peer))[0] for _, peer in entries]
-        targets = {name: Target(peer, port, work) for (name, peer), port in zip(entries, ports, strict=True)}
+        started = {name: stack.enter_context(running(peer)) for name, peer in entries}
+        targets = {name: Target(peer, started[name][0], work) for name, peer in entries}
 
         async def run() -> None:
             for name, target in targets.items():
@@ -567,12 +570,15 @@ def rounds(found: Sequence[Peer], args: argparse.Namespace, work: Work) -> dict[
                 await target.fire(target.text, check)
                 target.close()
                 texts[name] = check.least_cosine
+                os.killpg(started[name][1], signal.SIGSTOP)  # only the server that is measured may run
             for number in range(args.rounds):
                 order = list(targets.items())
                 for name, target in order if number % 2 == 0 else order[::-1]:
+                    os.killpg(started[name][1], signal.SIGCONT)
                     for clients in args.clients:
                         tally = await closed_loop(target, clients, args.seconds)
                         results[name].setdefault(str(clients), []).append(_row(tally))
+                    os.killpg(started[name][1], signal.SIGSTOP)
                 print(f"round {number + 1}/{args.rounds}", file=sys.stderr)
 
         asyncio.run(run())
@@ -635,17 +641,19 @@ def summary(report: dict[str, Any]) -> str:
                 ratios = [ours["per_s"] / max(theirs["per_s"], 1e-9) for ours, theirs in pairs]
                 cells.append(f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})")
             lines.append(f"{'ours / ' + name:18}"[:18] + "".join(f"{cell:>26}" for cell in cells))
-    best = statistics.median(
-        row["per_s"] for row in report["closed"]["clipstack"][str(max(report["clients"]))]
-    )
-    limit = report["limits"]
-    lines.append(
-        f"limits: forward {limit['forward_per_s']:.1f}/s, decode + preparation + forward {limit['pipeline_per_s']:.1f}/s"
-    )
-    lines.append(
-        f"eta_fwd {best / limit['forward_per_s']:.3f}   eta_pipe {best / limit['pipeline_per_s']:.3f}"
-    )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_limit_lines(report)])
+
+
+def _limit_lines(report: dict[str, Any]) -> list[str]:
+    if "limits" not in report:
+        return []
+    rows = report["closed"]["clipstack"][str(max(report["clients"]))]
+    best = statistics.median(row["per_s"] for row in rows)
+    forward, pipeline = report["limits"]["forward_per_s"], report["limits"]["pipeline_per_s"]
+    return [
+        f"limits: forward {forward:.1f}/s, decode + preparation + forward {pipeline:.1f}/s",
+        f"eta_fwd {best / forward:.3f}   eta_pipe {best / pipeline:.3f}",
+    ]
 
 
 def main() -> int:
@@ -671,6 +679,7 @@ def main() -> int:
     parser.add_argument(
         "--open", type=float, default=0.0, metavar="S", help="also run the open-loop rows, S seconds each"
     )
+    parser.add_argument("--no-limits", dest="limits", action="store_false", help="leave out the limits")
     parser.add_argument(
         "--serve-flag", action="append", default=[], help="a flag for our server, as --serve-flag=--x"
     )
@@ -681,7 +690,9 @@ def main() -> int:
         ours, theirs = write_models(args.model, Path(scratch))
         work = make_work(ours, args.photos)
         found = peers(args, ours, theirs, Path(scratch))
-        report: dict[str, Any] = {"model": args.model, "clients": args.clients, "limits": limits(ours, work)}
+        report: dict[str, Any] = {"model": args.model, "clients": args.clients}
+        if args.limits:
+            report["limits"] = limits(ours, work)
         report |= rounds(found, args, work)
         if args.open:
             report["open"] = {peer.name: open_scenarios(peer, work, args.open) for peer in found}
