@@ -396,7 +396,7 @@ def load_model(
         record, max_logit_scale, weights = _read_weights(_weights_folder(where, prefer_export=True))
         return _assemble(name, record, max_logit_scale, weights, device=device, dtype=dtype)
     if where.exists() or name.startswith((".", "/", "~")) or name.endswith("/"):
-        raise CheckpointError(
+        raise ConfigError(
             f"--model {name}: not a folder; name a run, an exported folder or an open_clip architecture"
         )
     if name.startswith("hf-hub:"):
@@ -448,7 +448,7 @@ def _assemble(
 def _weights_folder(path: Path, *, prefer_export: bool) -> Path:
     """The folder below a run, or the folder itself, that holds config and weights. Raises CheckpointError."""
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder; name a run folder, a checkpoint or an exported model")
+        raise ConfigError(f"{path}: no such folder; name a run folder, a checkpoint or an exported model")
     if (path / CONFIG_FILE).is_file():
         return path
     if prefer_export and (path / "export" / CONFIG_FILE).is_file():
@@ -458,7 +458,8 @@ def _weights_folder(path: Path, *, prefer_export: bool) -> Path:
         found = (
             f"only damaged ones: {'; '.join(damaged)}" if damaged else f"no {CONFIG_FILE} and no checkpoints/"
         )
-        raise CheckpointError(
+        problem = CheckpointError if damaged else ConfigError  # damage is no mistake of the user's
+        raise problem(
             f"{path}: no model here ({found}); name a run folder, a checkpoint or an exported model"
         )
     return sound

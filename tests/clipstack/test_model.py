@@ -154,8 +154,8 @@ def _exported(folder: Path) -> Path:
     ("name", "error", "message"),
     [
         ("ViT-B-99999", ConfigError, "--model = 'ViT-B-99999'"),
-        ("./nowhere", CheckpointError, "not a folder"),
-        ("nowhere/at/all/", CheckpointError, "not a folder"),
+        ("./nowhere", ConfigError, "not a folder"),
+        ("nowhere/at/all/", ConfigError, "not a folder"),
     ],
 )
 def test_load_model_says_what_it_could_not_find(name: str, error: type[Exception], message: str) -> None:
@@ -164,7 +164,7 @@ def test_load_model_says_what_it_could_not_find(name: str, error: type[Exception
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no model here"):
+    with pytest.raises(ConfigError, match="no model here"):
         load_model(tmp_path)
     (_exported(tmp_path / "m") / "open_clip_model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(CheckpointError, match="damaged"):
