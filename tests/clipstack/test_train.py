@@ -304,8 +304,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_one_line(
     argv = trainer.arguments(stops, "checkpoint.on_save_error=stop")
     ended = trainer.zygote.run(FAULTY, argv, env=faults(disk_full=[40, 1000]), timeout_s=60)
     assert ended.codes == [1, 1], ended.text
-    (error,) = [line for line in ended.logs[0].splitlines() if line.startswith("error: ")]
-    assert "step-00000008: could not be saved" in error
+    # The first rank to say it ends the launch; on a busy machine that need not be rank 0.
+    errors = [line for log in ended.logs for line in log.splitlines() if line.startswith("error: ")]
+    assert errors and all("step-00000008: could not be saved" in error for error in errors), ended.text
     assert steps_saved(stops) == [4]
     trainer.train(stops, "checkpoint.on_save_error=stop")
     assert weights_hash(stops) == weights_hash(straight)
