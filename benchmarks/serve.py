@@ -113,7 +113,8 @@ def _hugging_face_weights(weights: dict[str, Any], config: dict[str, Any]) -> di
 def _hugging_face_block(weights: dict[str, Any], old: str, new: str) -> dict[str, Any]:
     out = {}
     names = {
-        "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1",
+        "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
+        "mlp.c_fc": "mlp.fc1",
         "mlp.c_proj": "mlp.fc2",
     }  # fmt: skip
     for part in ("weight", "bias"):
@@ -136,27 +137,32 @@ def _hugging_face_files(config: dict[str, Any]) -> dict[str, Any]:
         "config.json": {
             "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config["embed_dim"],
             "vision_config": common | {
-                "model_type": "clip_vision_model", "hidden_size": vision["width"], "num_hidden_layers": vision["layers"],
+                "model_type": "clip_vision_model", "hidden_size": vision["width"],
+                "num_hidden_layers": vision["layers"],
                 "num_attention_heads": vision["width"] // vision.get("head_width", 64),
                 "intermediate_size": 4 * vision["width"], "image_size": vision["image_size"],
                 "patch_size": vision["patch_size"],
             },
             "text_config": common | {
-                "model_type": "clip_text_model", "hidden_size": text["width"], "num_hidden_layers": text["layers"],
+                "model_type": "clip_text_model", "hidden_size": text["width"],
+                "num_hidden_layers": text["layers"],
                 "num_attention_heads": text["heads"], "intermediate_size": 4 * text["width"],
-                "vocab_size": text.get("vocab_size", 49408), "max_position_embeddings": text.get("context_length", 77),
+                "vocab_size": text.get("vocab_size", 49408),
+                "max_position_embeddings": text.get("context_length", 77),
                 "bos_token_id": 49406, "eos_token_id": 49407,
             },
         },
         "preprocessor_config.json": {
-            "image_processor_type": "CLIPImageProcessor", "crop_size": vision["image_size"], "do_center_crop": True,
+            "image_processor_type": "CLIPImageProcessor", "crop_size": vision["image_size"],
+            "do_center_crop": True,
             "do_normalize": True, "do_resize": True, "image_mean": [0.48145466, 0.4578275, 0.40821073],
             "image_std": [0.26862954, 0.26130258, 0.27577711], "resample": 3, "size": vision["image_size"],
         },
         "vocab.json": {renamed.get(word, word): index for word, index in tokenizer.encoder.items()},
         "merges.txt": "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in tokenizer.bpe_ranks) + "\n",
         "tokenizer_config.json": {
-            "tokenizer_class": "CLIPTokenizer", "model_max_length": text.get("context_length", 77), "bos_token": start,
+            "tokenizer_class": "CLIPTokenizer", "bos_token": start,
+            "model_max_length": text.get("context_length", 77),
             "eos_token": end, "unk_token": end, "pad_token": end,
         },
         "special_tokens_map.json": {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end},
@@ -265,10 +271,12 @@ def peers(args: argparse.Namespace, ours: Path, theirs: Path, state: Path) -> li
             Peer(
                 "infinity",
                 lambda port: [str(command), "v2", "--model-id", str(theirs), "--served-model-name", "bench",
-                              "--engine", "torch", "--device", "cpu", "--dtype", "float32", "--port", str(port),
+                              "--engine", "torch", "--device", "cpu", "--dtype", "float32",
+                              "--port", str(port),
                               "--host", "127.0.0.1", "--no-bettertransformer"],
                 "/health", "/embeddings",
-                lambda uri: {"model": "bench", "input": [uri], "modality": "image", "encoding_format": "base64"},
+                lambda uri: {"model": "bench", "input": [uri], "modality": "image",
+                             "encoding_format": "base64"},
                 lambda text: {"model": "bench", "input": [text], "encoding_format": "base64"},
                 _first_embedding,
                 {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "INFINITY_ANONYMOUS_USAGE_STATS": "0"},
