@@ -20,6 +20,11 @@ logger = logging.getLogger("serve")
 LAST_WORDS_S = 0.2  # for requests on connections that were made before the port closed
 
 
+KEEP_ALIVE_S = 75
+"""Longer than clients and proxies keep idle connections (httpx 5 s, load balancers 60 s): the side that sends
+requests must be the one that closes, or a request under way meets a closed connection."""
+
+
 class Server(uvicorn.Server):
     """uvicorn's server, with a shutdown in three steps.
 
@@ -82,6 +87,7 @@ def run_server(app: FastAPI, settings: Settings) -> int:
         server_header=False,
         proxy_headers=bool(settings.trusted_proxies),
         forwarded_allow_ips=list(settings.trusted_proxies),
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(settings.grace_s)),
         ws="none",
         lifespan="on",

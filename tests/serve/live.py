@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
+from serve.server import KEEP_ALIVE_S
+
 
 class _ThreadedServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
@@ -25,7 +27,9 @@ class _ThreadedServer(uvicorn.Server):
 def live_server(app: FastAPI) -> Iterator[str]:
     """The server's base URL, once it answers."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = _ThreadedServer(uvicorn.Config(app, log_config=None, access_log=False, ws="none"))
+    server = _ThreadedServer(
+        uvicorn.Config(app, log_config=None, access_log=False, ws="none", timeout_keep_alive=KEEP_ALIVE_S)
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

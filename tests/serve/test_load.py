@@ -186,6 +186,7 @@ def reload_many_times(url: str, versions: Versions, *, times: int) -> None:
     for reader in readers:
         reader.start()
     try:
+        wait_until(lambda: all(reader.answered > 0 for reader in readers))
         with httpx.Client(base_url=url, timeout=60, headers={"authorization": "Bearer root"}) as admin:
             for number in range(times):
                 reply = admin.post("/v1/models/reload", json={"model": "fake"})
@@ -193,6 +194,7 @@ def reload_many_times(url: str, versions: Versions, *, times: int) -> None:
                 body = reply.json()
                 assert body["changed"] and body["fingerprint"] == f"version-{number + 2}"
                 assert body["previous_fingerprint"] == f"version-{number + 1}"
+        wait_until(lambda: len(set().union(*(reader.fingerprints for reader in readers))) > 1)
     finally:
         for reader in readers:
             reader.stop.set()
