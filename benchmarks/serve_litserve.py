@@ -8,7 +8,6 @@ Annotations stay objects here: LitServe reads them to find the request's type.
 import base64
 import io
 import sys
-from typing import Any
 
 import litserve
 import open_clip
