@@ -39,9 +39,8 @@ class Embed(litserve.LitAPI):
         for kind, encode in (("image", self.model.encode_image), ("text", self.model.encode_text)):
             which = [index for index, entry in enumerate(inputs) if entry[0] == kind]
             if which:
-                for index, row in zip(
-                    which, encode(torch.stack([inputs[i][1] for i in which]), normalize=True)
-                ):
+                features = encode(torch.stack([inputs[i][1] for i in which]), normalize=True)
+                for index, row in zip(which, features, strict=True):
                     rows[index] = row
         return [row for row in rows if row is not None]
 
