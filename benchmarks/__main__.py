@@ -1,0 +1,29 @@
+"""`make bench`: the benchmarks that need no GPU and no other environment, one after the other, in under half an hour."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CPU_SET = (
+    ("loss.py", "--sizes", "4096", "8192", "--rounds", "5"),
+    ("data.py", "--only", "reading", "order"),
+    ("build.py", "--copies", "1"),
+    ("checkpoint.py", "--repeats", "3"),
+)
+
+
+def main() -> int:
+    failed = []
+    for script, *arguments in CPU_SET:
+        print(f"\n==== {script} {' '.join(arguments)}", flush=True)
+        if subprocess.call([sys.executable, str(HERE / script), *arguments]) != 0:
+            failed.append(script)
+    print("\nbenchmarks/serve.py needs the peers' environments: see docs/benchmarks/serve.md")
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
