@@ -1,4 +1,4 @@
-"""`make bench`: the benchmarks that need no GPU and no other environment, one after the other, in under half an hour."""
+"""`make bench`: the benchmarks that need no GPU, no photos and no other environment, one after the other."""
 
 import subprocess
 import sys
@@ -8,7 +8,6 @@ HERE = Path(__file__).resolve().parent
 CPU_SET = (
     ("loss.py", "--sizes", "4096", "8192", "--rounds", "5"),
     ("data.py", "--only", "reading", "order"),
-    ("build.py", "--copies", "1"),
     ("checkpoint.py", "--repeats", "3"),
 )
 
@@ -19,7 +18,7 @@ def main() -> int:
         print(f"\n==== {script} {' '.join(arguments)}", flush=True)
         if subprocess.call([sys.executable, str(HERE / script), *arguments]) != 0:
             failed.append(script)
-    print("\nbenchmarks/serve.py needs the peers' environments: see docs/benchmarks/serve.md")
+    print("\nbuild.py and the rest of data.py need photos, serve.py its peers: see docs/benchmarks.md")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
