@@ -35,7 +35,7 @@ p { max-width: 70ch; }
 .right { color: var(--c); } .wrong { color: var(--b); }
 table { border-collapse: collapse; font-size: 14px; }
 td, th { padding: 4px 14px 4px 0; text-align: left; vertical-align: middle; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; }
+td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 svg { width: 100%; height: auto; display: block; }
 svg text { fill: var(--soft); font-size: 11px; }
 code { background: var(--back); padding: 1px 4px; border-radius: 4px; overflow-wrap: anywhere; }
