@@ -249,11 +249,26 @@ def prune(
     for path in checkpoints(folder)[:-keep_last]:
         step = int(path.name.removeprefix("step-"))
         if path != keep and not (keep_every_steps and step % keep_every_steps == 0):
-            try:
-                (path / MANIFEST_FILE).unlink(missing_ok=True)  # first: what is left of it is no checkpoint
-                shutil.rmtree(path)
-            except OSError as error:
-                raise CheckpointError(f"{path}: an old checkpoint could not be removed ({error})") from error
+            _remove(path)
+
+
+def drop_later(folder: Path, step: int) -> None:
+    """Remove the checkpoints of steps after `step`: damaged ones that resume passed over, and those from
+    before a roll-back. Left there, they would push sound ones out of `keep_last`, or be resumed from.
+
+    Raises CheckpointError.
+    """
+    for path in reversed(checkpoints(folder)):
+        if path.name > checkpoint_name(step):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    try:
+        (path / MANIFEST_FILE).unlink(missing_ok=True)  # first: what is left of it is no checkpoint
+        shutil.rmtree(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: an old checkpoint could not be removed ({error})") from error
 
 
 # ---- Exported models ----

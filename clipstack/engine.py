@@ -504,15 +504,24 @@ def deepspeed_config(
         # bf16.enabled would keep the temperature itself in bf16; autocast computes the same products and
         # keeps it in fp32.
         config["torch_autocast"] = _autocast_table("bf16")
-    config["zero_optimization"] = {
-        **_defaults(recipe, precision)["zero_optimization"],
-        **config["zero_optimization"],
-    }
+    for name in ("zero_optimization", "torch_autocast"):
+        config[name] = _filled(config[name], _defaults(recipe, precision)[name], name)
     for key in _autos(config):
         raise ConfigError(
             f'--deepspeed_config: {key} = "auto": the recipe has no value for it; give one or remove the key'
         )
     return config
+
+
+def _filled(given: Any, ours: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A table of the user's, with our values where it has none or "auto"."""
+    if given == "auto":
+        return dict(ours)
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            f"--deepspeed_config: {name} = {given!r}: must be a JSON object; remove it or fix it"
+        )
+    return {**ours, **{key: value for key, value in given.items() if value != "auto" or key not in ours}}
 
 
 def user_precision(user_config: Mapping[str, Any]) -> Precision | None:

@@ -18,6 +18,8 @@ from clipstack.files import write_text
 
 SHOWN_METRICS = ("clip_loss", "top1", "mean_per_class_recall", "image_to_text_r1", "text_to_image_r1")
 """What of an evaluation goes to the terminal; eval.jsonl has all of it."""
+ROLLED_BACK = "rolled_back"
+"""The event of a roll-back; its step is the one gone back to."""
 METRICS_FILE, EVAL_FILE = "metrics.jsonl", "eval.jsonl"
 
 
@@ -41,12 +43,16 @@ class Reporter:
         """Why lines wait to be written; None where none do."""
         self._sinks = _sinks(run_dir, recipe.log)
 
-    def start(self, step: int) -> None:
+    def start(self, step: int, *, rolled_back: bool = False) -> None:
         """Drop what lies beyond `step` from the logs, and show progress from there. Raises
-        CheckpointError."""
+        CheckpointError.
+
+        rolled_back: not a resume: earlier roll-backs to this very step stay. A checkpoint does not know of
+        roll-backs to itself, so a resumed run goes through them again.
+        """
         self._pending = [(path, line) for path, line in self._pending if line["step"] <= step]
         for name in (METRICS_FILE, EVAL_FILE):
-            _cut_back(self._run_dir / name, step)
+            _cut_back(self._run_dir / name, step, keep_rollbacks=rolled_back)
         if sys.stderr.isatty():
             if self._bar is not None:
                 self._bar.close()
@@ -123,7 +129,7 @@ class Silent(Reporter):
         self._pending = []
         self.problem = None
 
-    def start(self, step: int) -> None: ...
+    def start(self, step: int, *, rolled_back: bool = False) -> None: ...
 
     def metrics(self, values: Mapping[str, Any]) -> None: ...
 
@@ -152,11 +158,16 @@ def _append(path: Path, values: Mapping[str, Any]) -> None:
         raise
 
 
-def _cut_back(path: Path, step: int) -> None:
+def _cut_back(path: Path, step: int, *, keep_rollbacks: bool) -> None:
     """Keep the lines up to `step`: what a crash logged after its last checkpoint will be logged again."""
     if not path.exists():
         return
-    kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
+    kept = [
+        json.dumps(line) + "\n"
+        for line in read_lines(path)
+        if line["step"] < step
+        or (line["step"] == step and (keep_rollbacks or line.get("event") != ROLLED_BACK))
+    ]
     try:
         write_text(path, "".join(kept))
     except OSError as error:

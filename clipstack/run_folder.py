@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipstack.checkpoint import CONFIG_FILE, RECIPE_FILE, Snapshot, load_snapshot, newest_sound
+from clipstack.checkpoint import CONFIG_FILE, RECIPE_FILE, Snapshot, checkpoints, load_snapshot, newest_sound
 from clipstack.config import Recipe, parse_recipe, to_toml
 from clipstack.engine import Precision, faster_precision
 from clipstack.errors import CheckpointError, ConfigError
@@ -69,6 +69,12 @@ def prepare(recipe: Recipe, *, fresh: bool, dry_run: bool = False) -> Plan:
             f"run.dir = {str(run_dir)!r}: cannot be made ({error}); choose another folder"
         ) from error
     if not saved.exists():
+        left = checkpoints(run_dir / "checkpoints")
+        if left:
+            raise ConfigError(
+                f"run.dir = {str(run_dir)!r}: has checkpoints but no {RECIPE_FILE}; copy "
+                f"{left[-1] / RECIPE_FILE} there, or choose another folder"
+            )
         return Plan(recipe, 0, False, None, ())
     if fresh:
         raise ConfigError(

@@ -10,7 +10,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from clipstack.checkpoint import Snapshot, checkpoint_name, prune, save_snapshot
+from clipstack.checkpoint import Snapshot, checkpoint_name, drop_later, prune, save_snapshot
 from clipstack.config import CheckpointConfig
 from clipstack.errors import CheckpointError
 from clipstack.reporting import Reporter
@@ -73,6 +73,7 @@ class Saver:
         if log_problem is not None:
             # A checkpoint must not claim steps that the log will never show.
             raise CheckpointError(f"step {snapshot.step}: not saved, since {log_problem}")
+        drop_later(self._folder, snapshot.step)
         save_snapshot(self._folder, snapshot)
         prune(
             self._folder,

@@ -18,6 +18,7 @@ from clipstack.average import MovingAverage
 from clipstack.checkpoint import (
     Snapshot,
     checkpoint_name,
+    damage,
     export_model,
     load_snapshot,
     read_progress,
@@ -34,7 +35,7 @@ from clipstack.losses import build_objective
 from clipstack.losses.inputs import NonFiniteError
 from clipstack.losses.types import Embeddings, LossOutput
 from clipstack.preprocess import Preprocess
-from clipstack.reporting import Reporter, Silent
+from clipstack.reporting import ROLLED_BACK, Reporter, Silent
 from clipstack.saver import Saver
 from clipstack.stopping import STOPPED, StopRequest
 from clipstack.telemetry import Clock
@@ -102,7 +103,11 @@ def fit(
                 run.evaluate()
             if agreed.stop or step == steps:
                 run.save_for_sure()
-            elif agreed.save or due(recipe.checkpoint.every_steps, step, steps):
+            elif (
+                agreed.save
+                or due(recipe.checkpoint.every_steps, step, steps)
+                or run.progress.best_step == step
+            ):
                 run.save()
             if agreed.stop and step < steps:
                 reporter.say(f"stopped by signal at step {step}; the same command goes on from there")
@@ -309,7 +314,12 @@ class Training:
             if self._average is not None:
                 export_model(run_dir, run_dir / "export-ema", average=True)
             if best_step is not None:
-                export_model(run_dir / "checkpoints" / checkpoint_name(best_step), run_dir / "export-best")
+                best = run_dir / "checkpoints" / checkpoint_name(best_step)
+                problem = damage(best)
+                if problem is None:
+                    export_model(best, run_dir / "export-best")
+                else:  # its save failed, or the disk did
+                    self.reporter.say(f"no export-best: {best}: {problem}")
             export_model(run_dir, run_dir / "export")  # the last: a run with an export is finished
 
         self.world.from_main(write)
@@ -368,9 +378,9 @@ class Training:
         self.progress.skipped_windows = [*windows, window]
         # The log goes back as well, as it would if the run were killed now; the event stays, and says what
         # happened.
-        self.reporter.start(snapshot.step)
+        self.reporter.start(snapshot.step, rolled_back=True)
         self.reporter.event(
-            "rolled_back", snapshot.step,
+            ROLLED_BACK, snapshot.step,
             f"{self.guard.reason}; back to step {snapshot.step}, leaving out samples {window[0]} to "
             f"{window[1]} of the order",
             from_step=step, skipped_samples=list(window),
@@ -424,5 +434,7 @@ def note_best(progress: Progress, values: Mapping[str, Any], metric: str | None)
             f"eval.best_metric = {metric!r}: validation gives {', '.join(sorted(values))}; name one of these"
         )
     value = float(values[metric])
+    if not math.isfinite(value):
+        return
     if progress.best is None or (value < progress.best if "loss" in metric else value > progress.best):
         progress.best, progress.best_step = value, progress.step

@@ -141,7 +141,8 @@ def test_bad_input_ends_with_one_line_and_code_2(trainer: Trainer, tmp_path: Pat
     ]
     for (change, message), job in zip(BAD_INPUT.items(), jobs, strict=True):
         ended = job.wait(60)
-        assert ended.codes == [2, 2], (change, ended.text)
+        # Rank 1 may find rank 0 gone before it finds the mistake: then its own code is 1.
+        assert ended.codes[0] == 2 and ended.codes[1] in (1, 2), (change, ended.text)
         assert message in ended.logs[0]
         assert ended.logs[0].startswith("error: ") and ended.logs[0].count("\n") == 1, ended.logs[0]
 
@@ -372,6 +373,16 @@ def test_the_best_checkpoint_stays_and_is_exported_with_the_average(validated: P
     assert weights_hash(validated, "export-best") == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     average, last = load_model(validated / "export-ema").model, load_model(validated).model
     assert any(not torch.equal(a, b) for a, b in zip(average.parameters(), last.parameters(), strict=True))
+
+
+def test_a_new_best_value_is_saved_between_other_saves(
+    trainer: Trainer, tiny_shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    rarely = ("checkpoint.every_steps=100", "checkpoint.keep_last=9", "train.steps=3", "data.workers=0")
+    trainer.train(run, *validating(tiny_shards), *rarely, ranks=1)
+    assert steps_saved(run)[0] == 2, "the first evaluation is the best so far"
+    assert (run / "export-best").is_dir()
 
 
 def test_saves_by_time_and_tensorboard(trainer: Trainer, tmp_path: Path) -> None:
