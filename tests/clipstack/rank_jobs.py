@@ -223,7 +223,7 @@ class _Faults:
             os.kill(os.getpid(), signal.SIGKILL)
         low, high = self._given.get("disk_full", (0, 0))
         if place in (low, high):
-            settle()  # what was begun before the disk fills may still be written; what was begun after must fail
+            settle()  # what was begun before may still be written; what was begun meanwhile must fail
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         most = 2 * 10**6 if low <= place < high else resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
