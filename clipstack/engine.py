@@ -526,9 +526,7 @@ def _filled(given: Any, ours: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def user_precision(user_config: Mapping[str, Any]) -> Precision | None:
     """The precision that the user's JSON decides, or None where it leaves it open."""
-    tables = [
-        user_config[key] for key in ("torch_autocast", "bf16") if isinstance(user_config.get(key), Mapping)
-    ]
+    tables = [_user_table(user_config, key) for key in ("torch_autocast", "bf16")]
     decided = [table["enabled"] for table in tables if table.get("enabled", "auto") != "auto"]
     return None if not decided else "bf16" if any(decided) else "fp32"
 
@@ -558,7 +556,7 @@ def _refuse_disagreements(user_config: Mapping[str, Any], owned: Mapping[str, An
                 f"--deepspeed_config: {key} = {given!r} disagrees with the recipe's {value!r}; "
                 f'set it to "auto" and use {names[key]}'
             )
-    optimizer = user_config.get("optimizer", {})
+    optimizer = _user_table(user_config, "optimizer")
     if optimizer.get("type", "AdamW").lower() not in ("adam", "adamw", "auto"):
         raise ConfigError(
             f"--deepspeed_config: optimizer.type = {optimizer['type']!r}: the recipe's optimizer is AdamW; "
@@ -567,20 +565,27 @@ def _refuse_disagreements(user_config: Mapping[str, Any], owned: Mapping[str, An
     expected = {"lr": recipe.optim.lr, "betas": list(recipe.optim.betas), "eps": recipe.optim.eps,
                 "weight_decay": recipe.optim.weight_decay}  # fmt: skip
     for key, value in expected.items():
-        given = optimizer.get("params", {}).get(key, "auto")
+        given = _user_table(optimizer, "params", inside="optimizer.").get(key, "auto")
         if given not in ("auto", value):
             raise ConfigError(
                 f"--deepspeed_config: optimizer.params.{key} = {given!r} disagrees with the recipe's "
                 f"optim.{key} = {value!r}; "
                 'set it to "auto"'
             )
-    for key, given in user_config.get("scheduler", {}).get("params", {}).items():
+    scheduler = _user_table(user_config, "scheduler")
+    for key, given in _user_table(scheduler, "params", inside="scheduler.").items():
         if given != "auto":
             raise ConfigError(
                 f"--deepspeed_config: scheduler.params.{key} = {given!r}: the schedule belongs to the "
                 "recipe; "
                 "remove it and use optim.schedule and optim.warmup_fraction"
             )
+    dtype = _user_table(user_config, "torch_autocast").get("dtype", "auto")
+    if dtype not in ("auto", "bfloat16", "torch.bfloat16"):
+        raise ConfigError(
+            f"--deepspeed_config: torch_autocast.dtype = {dtype!r}: training computes in bfloat16 or "
+            'float32; set it to "bfloat16"'
+        )
     if _enabled(user_config, "fp16"):
         raise ConfigError(
             "--deepspeed_config: fp16.enabled = true: fp16 would hold the temperature in fp16; use "
@@ -588,9 +593,20 @@ def _refuse_disagreements(user_config: Mapping[str, Any], owned: Mapping[str, An
         )
 
 
+def _user_table(config: Mapping[str, Any], key: str, *, inside: str = "") -> Mapping[str, Any]:
+    """A table of the user's; "auto" leaves all of it to the recipe. Raises ConfigError for anything else."""
+    table = config.get(key, "auto")
+    if table == "auto":
+        return {}
+    if not isinstance(table, Mapping):
+        raise ConfigError(
+            f"--deepspeed_config: {inside}{key} = {table!r}: must be a JSON object; remove it or fix it"
+        )
+    return table
+
+
 def _enabled(user_config: Mapping[str, Any], key: str) -> bool:
-    table = user_config.get(key)
-    return isinstance(table, Mapping) and table.get("enabled") is True
+    return _user_table(user_config, key).get("enabled") is True
 
 
 def _defaults(recipe: Recipe, precision: Precision) -> dict[str, Any]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from clipstack.checkpoint import MANIFEST_FILE, Snapshot, checkpoint_name, newest_sound
 from clipstack.config import CheckpointConfig, load_recipe
 from clipstack.engine import deepspeed_config
-from clipstack.errors import ConfigError
+from clipstack.errors import CheckpointError, ConfigError
 from clipstack.model import ModelRecord
 from clipstack.reporting import Reporter, Silent
 from clipstack.run_folder import prepare
@@ -21,11 +24,37 @@ from clipstack.world import World
 from tests.clipstack.training_runs import steps_saved
 
 
-def snapshot(step: int) -> Snapshot:
+def snapshot(step: int, *, values: int = 0) -> Snapshot:
     return Snapshot(
-        step=step, samples_seen=step, record=ModelRecord({}, {}), max_logit_scale=1.0, weights={},
+        step=step, samples_seen=step, record=ModelRecord({}, {}), max_logit_scale=1.0,
+        weights={"w": torch.zeros(values)} if values else {},
         optimizer={}, objective={}, order={}, recipe_toml="",
     )  # fmt: skip
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system takes root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_no_part_of_the_next(small_disk: Path) -> None:
+    folder = small_disk / "checkpoints"
+    saver = Saver(folder, CheckpointConfig(keep_last=2), World(), Silent())
+    saver.save_for_sure(snapshot(4, values=300_000), best_step=None)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"step-00000008: could not be saved .*[Nn]o space left"):
+            saver.save_for_sure(snapshot(8, values=300_000), best_step=None)
+        assert newest_sound(folder) == (folder / checkpoint_name(4), [])
+        assert sorted(path.name for path in folder.iterdir()) == ["latest", checkpoint_name(4)]
+    saver.save_for_sure(snapshot(12, values=1000), best_step=None)
+    assert steps_saved(small_disk) == [4, 12]
 
 
 def test_a_save_removes_checkpoints_of_later_steps_that_would_push_it_out(tmp_path: Path) -> None:
@@ -72,6 +101,23 @@ def test_auto_in_a_deepspeed_json_takes_the_recipes_stage(tiny_recipe_file: Path
     given = {"zero_optimization": table, "torch_autocast": {"enabled": "auto"}}
     config = deepspeed_config(recipe, world_size=1, precision="bf16", user_config=given)
     assert config["zero_optimization"]["stage"] == 2 and config["torch_autocast"]["enabled"] is True
+
+
+@pytest.mark.parametrize("key", ["optimizer", "scheduler", "torch_autocast", "bf16", "zero_optimization"])
+def test_a_table_of_a_deepspeed_json_may_be_auto_and_nothing_else_than_a_table(
+    tiny_recipe_file: Path, key: str
+) -> None:
+    recipe = load_recipe(tiny_recipe_file, [])
+    plain = deepspeed_config(recipe, world_size=1, precision="fp32", user_config={})
+    assert deepspeed_config(recipe, world_size=1, precision="fp32", user_config={key: "auto"}) == plain
+    with pytest.raises(ConfigError, match=f"{key} = True: must be a JSON object"):
+        deepspeed_config(recipe, world_size=1, precision="fp32", user_config={key: True})
+
+
+def test_float16_is_refused_by_name(tiny_recipe_file: Path) -> None:
+    given = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
+    with pytest.raises(ConfigError, match=r"torch_autocast\.dtype = 'float16'"):
+        deepspeed_config(load_recipe(tiny_recipe_file, []), world_size=1, precision="bf16", user_config=given)
 
 
 def test_a_value_that_is_not_finite_is_never_the_best() -> None:
