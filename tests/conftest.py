@@ -27,7 +27,7 @@ class Skip(NamedTuple):
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--expected-skips", type=Path, metavar="FILE",
-        help="fail where a skipped test is not in this list of lines `TEST | REASON` (the beginnings of both)",
+        help="fail where a skip is not in this list of lines `TEST | REASON` (the beginnings of both)",
     )  # fmt: skip
 
 
