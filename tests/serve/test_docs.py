@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -16,14 +15,13 @@ import pytest
 
 from serve.app import create_app
 from serve.settings import Settings, load_settings
+from tests.docs.pages import read_blocks, run_page
 from tests.serve.fakes import FakeRuntime
 from tests.serve.live import live_server
+from tests.serve.models import save_model, tiny_model
 from tests.serve.pictures import jpeg
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-GUIDE = (REPOSITORY / "docs" / "serving.md").read_text(encoding="utf-8")
-BLOCKS: list[tuple[str, str]] = re.findall(r"```(\w+)\n(.*?)```", GUIDE, flags=re.DOTALL)
-START = "clipstack serve --model runs/demo\n"
 
 
 @pytest.fixture(scope="module")
@@ -43,45 +41,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def run(command: list[str], folder: Path, text: str | None = None) -> str:
+def run(command: list[str], folder: Path) -> str:
     environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
-        command, cwd=folder, env=environ, input=text, capture_output=True, text=True, timeout=60, check=False
+        command, cwd=folder, env=environ, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_the_guide_starts_the_server_as_the_command_line_has_it() -> None:
-    """The process tests start it; here, that the guide's own line parses to the model it names."""
-    import argparse
-
-    from serve.cli import add_arguments, settings_of
-
-    assert BLOCKS[0] == ("bash", START)
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    settings = settings_of(parser.parse_args(START.split()[2:]), {})
-    assert [spec.source for spec in settings.models] == ["runs/demo"]
-
-
-@pytest.mark.parametrize("block", [text for kind, text in BLOCKS if kind == "bash" and text != START])
-def test_each_shell_command_of_the_guide_works(block: str, url: str, folder: Path) -> None:
-    if shutil.which("curl") is None:
-        pytest.skip("curl is not installed")
-    run(["sh", "-eu"], folder, block.replace("http://127.0.0.1:8000", url))
-    if "photo.f32" in block:
-        assert np.linalg.norm(np.fromfile(folder / "photo.f32", "<f4")) == pytest.approx(1, abs=1e-5)
-
-
-@pytest.mark.parametrize("block", [text for kind, text in BLOCKS if kind == "python"])
-def test_each_python_block_of_the_guide_works(block: str, url: str, folder: Path) -> None:
-    run([sys.executable, "-"], folder, block.replace("http://127.0.0.1:8000", url))
+def test_the_commands_of_the_guide(folder: Path) -> None:
+    save_model(folder / "runs/demo", tiny_model())
+    run_page("docs/serving.md", folder)
+    assert np.linalg.norm(np.fromfile(folder / "photo.f32", "<f4")) == pytest.approx(1, abs=1e-5)
 
 
 def test_the_settings_file_of_the_guide_is_sound() -> None:
-    (block,) = [text for kind, text in BLOCKS if kind == "toml"]
-    settings = load_settings(tomllib.loads(block))
+    (block,) = [block for block in read_blocks("docs/serving.md") if block.language == "toml"]
+    settings = load_settings(tomllib.loads(block.text))
     assert settings.models[0].id == "demo" and settings.rate_limit_per_s == 20
 
 

@@ -89,14 +89,11 @@ def test_configs_are_frozen() -> None:
 DOCS = (Path(__file__).resolve().parents[3] / "docs" / "objectives.md").read_text(encoding="utf-8")
 
 
-def test_every_table_and_program_of_the_docs_works(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_table_of_the_docs_is_an_objective() -> None:
     tables = re.findall(r"```toml\n(.*?)```", DOCS, re.DOTALL)
     assert len(tables) >= 4
     for table in tables:
         build_objective(tomllib.loads(table)["objective"], World())
-    (program,) = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
-    exec(program, {})
-    assert "clip_loss" in capsys.readouterr().out
 
 
 def test_the_docs_name_every_option() -> None:
