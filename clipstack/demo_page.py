@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from clipstack.charts import bar, line_chart
 from clipstack.config import Recipe
 from clipstack.demo_probes import Score
 from clipstack.files import write_text
-from clipstack.page import bar, document, line_chart, picture
 from clipstack.reporting import METRICS_FILE, read_lines
+from data_pipelines.page import document, picture
 
 MEANING = {
     "colour": "names the colour of a single thing",
@@ -28,6 +29,11 @@ MEANING = {
     "order": "tells 'A left of B' from 'B left of A'",
     "image to text R@1": "finds the caption of a picture among all test captions",
 }
+
+_STYLE = """
+.card img { width: 100%; image-rendering: pixelated; border-radius: 4px; display: block; }
+.right { color: var(--c); } .wrong { color: var(--b); }
+"""
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ def write_page(path: Path, run_dir: Path, examined: Examined, recipe: Recipe, *,
         "Train on your own pictures: <code>clipstack data build --help</code>, then a recipe from "
         "<code>configs/</code>.</p>",
     ]
-    write_text(path, document("clipstack demo", "".join(body)))
+    write_text(path, document("clipstack demo", "".join(body), style=_STYLE))
     return path
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -14,36 +12,16 @@ from clipstack.eval_report import Example, Report
 from clipstack.files import write_text
 from clipstack.loader import EvalSamples
 from data_pipelines.images import open_image
+from data_pipelines.page import document, number_card, thumbnail
 
-THUMBNAIL = 160
-"""longest side in pixels"""
 MAX_MATRIX_CLASSES = 60
 """A matrix of more classes cannot be read; the most frequent confusions are listed instead."""
 MAX_CONFUSIONS = 30
 
 _STYLE = """
-:root { --ink: #1c2430; --soft: #5b6675; --line: #dde2e8; --bar: #3b6fb6; --bad: #b4483b; --paper: #fff;
---back: #f5f7f9; } @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6eaf0; --soft: #9aa6b5; --line: #333c48; --bar: #7aa7e0; --bad: #e08a7a; --paper: #1a2029;
-  --back: #12161c; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 24px 16px 48px; }
-h1 { font-size: 24px; margin: 0 0 4px; overflow-wrap: anywhere; } h2 { font-size: 17px; margin: 32px 0 12px; }
-.soft { color: var(--soft); }
-.grid { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
-.card { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 12px; min-width:
-0; } .card b { display: block; font-size: 22px; } .card i { color: var(--soft); font-style: normal; font-size:
-13px; } .scroll { overflow-x: auto; }
-figure { margin: 0; } figure img { width: 100%; height: 130px; object-fit: contain; image-rendering: auto; }
-figcaption { font-size: 13px; margin-top: 6px; overflow-wrap: anywhere; }
-table { border-collapse: collapse; font-size: 13px; } td, th { padding: 2px 10px 2px 0; text-align: left; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; }
-svg { width: 100%; max-width: 460px; height: auto; display: block; }
-svg text { fill: var(--soft); font-size: 11px; }
-svg .bar { fill: var(--bar); } svg .line { fill: none; stroke: var(--bar); stroke-width: 2; }
-svg .other { fill: none; stroke: var(--bad); stroke-width: 2; } svg .axis { stroke: var(--line); fill: none; }
+svg { max-width: 460px; }
+svg .bar { fill: var(--a); } svg .line { fill: none; stroke: var(--a); stroke-width: 2; }
+svg .other { fill: none; stroke: var(--b); stroke-width: 2; } svg .axis { stroke: var(--line); fill: none; }
 """
 
 
@@ -71,14 +49,9 @@ def render_page(report: Report, samples: EvalSamples | None) -> str:
     told = [f"model {source.model}", f"fingerprint {source.fingerprint}", f"data {source.data}"]
     if source.templates is not None:
         told.append(f"templates: {source.templates}")
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(report.task)}: {escape(source.model)}</title><style>{_STYLE}</style></head>"
-        "<body><main>"
-        f"<h1>{escape(report.task)}: {escape(source.model)}</h1>"
-        f'<p class="soft">{escape(" · ".join(told))}</p>{"".join(sections)}</main></body></html>\n'
-    )
+    title = f"{report.task}: {source.model}"
+    head = f'<h1>{escape(title)}</h1><p class="soft">{escape(" · ".join(told))}</p>'
+    return document(title, head + "".join(sections), style=_STYLE)
 
 
 def _cards(report: Report) -> str:
@@ -87,10 +60,7 @@ def _cards(report: Report) -> str:
         low, high = report.intervals.get(name, (math.nan, math.nan))
         spread = f"<br><i>95 %: {low:.3f} to {high:.3f}</i>" if name in report.intervals else ""
         cards.append((name.replace("_", " "), f"{value:.3f}" if math.isfinite(value) else "none", spread))
-    inner = "".join(
-        f'<div class="card"><b>{value}</b><i>{escape(name)}</i>{spread}</div>'
-        for name, value, spread in cards
-    )
+    inner = "".join(number_card(value, name, spread) for name, value, spread in cards)
     return f'<div class="grid">{inner}</div>'
 
 
@@ -204,21 +174,17 @@ def _examples(report: Report, samples: EvalSamples) -> list[str]:
 
 def _example(example: Example, samples: EvalSamples) -> str:
     key = "/".join(samples.place(example.sample))
-    picture = f'<img alt="{escape(key)}" src="{_thumbnail(samples, example.sample)}">'
     caption = f'<figcaption title="{escape(key)}">{escape(example.caption)}</figcaption>'
-    return f'<figure class="card">{picture}{caption}</figure>'
+    return f'<figure class="card">{_thumbnail(samples, example.sample, key)}{caption}</figure>'
 
 
-def _thumbnail(samples: EvalSamples, sample: int) -> str:
-    """A data URL; an empty one where the image has become unreadable since it was evaluated."""
+def _thumbnail(samples: EvalSamples, sample: int, alt: str) -> str:
+    """No picture, but its name, where the image has become unreadable since it was evaluated."""
     try:
         image = open_image(samples.read(sample).image, max_pixels=samples.max_image_pixels)
     except (SampleError, ShardError):
-        return "data:,"
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+        return f'<img alt="{escape(alt)}" src="data:,">'
+    return thumbnail(image, alt)
 
 
 def _skipped(report: Report) -> list[str]:

@@ -11,11 +11,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from clipstack.charts import Points, line_chart
 from clipstack.checkpoint import CONFIG_FILE, RECIPE_FILE
 from clipstack.errors import ConfigError
 from clipstack.files import write_text
-from clipstack.page import Points, document, line_chart
 from clipstack.reporting import EVAL_FILE, METRICS_FILE, read_lines
+from data_pipelines.page import document
 
 CURVES = {
     "loss": "Loss (the run's own objective)",

@@ -5,22 +5,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from data_pipelines.build import check_output, print_report
+from data_pipelines.build import print_report
 from data_pipelines.errors import DataError
 from data_pipelines.inputs import expand_shards
-from data_pipelines.reshard import add_copy_arguments, copy_options, reshard_items
+from data_pipelines.reshard import add_copy_arguments, copy_target, reshard_items
 from data_pipelines.shard_rows import read_rows
 
 By = Literal["exact", "perceptual", "text"]
@@ -235,17 +233,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep", choices=("first", "largest"), default=defaults.keep, help="(default: %(default)s)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="count, but write nothing")
-    add_copy_arguments(parser, required=False)
+    add_copy_arguments(parser, dry_run=True)
 
 
 def run(args: argparse.Namespace) -> int:
     dedup = _options(args)
-    if args.output is None and not args.dry_run:
-        raise DataError("say --output DIR for the new shards, or --dry-run")
-    out = Path(args.output or os.devnull)
-    check_output(out, args.paths)
-    options = copy_options(args)
+    out, options = copy_target(args)
     tars = expand_shards(args.paths)
     rows = read_rows(tars, phash="perceptual" in dedup.by, processes=args.processes, label="dedup")
     duplicates = find_duplicates(rows.frame, dedup)

@@ -6,17 +6,15 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import polars as pl
 
-from data_pipelines.build import check_output, print_report
+from data_pipelines.build import print_report
 from data_pipelines.errors import DataError
 from data_pipelines.inputs import expand_shards
-from data_pipelines.reshard import add_copy_arguments, copy_options, reshard_items
+from data_pipelines.reshard import add_copy_arguments, copy_target, reshard_items
 from data_pipelines.shard_rows import FRAME_SCHEMA, ShardRows, read_rows
 
 PRESETS: Mapping[str, tuple[str, ...]] = {
@@ -128,8 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--any-language", action="store_true", help="leave the preset's rule on the language out"
     )
-    parser.add_argument("--dry-run", action="store_true", help="count, but write nothing")
-    add_copy_arguments(parser, required=False)
+    add_copy_arguments(parser, dry_run=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -140,11 +137,7 @@ def run(args: argparse.Namespace) -> int:
         raise DataError("nothing to filter by: give --rule or --preset")
     for rule in rules:  # before the long part
         rule_expression(rule, pl.DataFrame(schema=FRAME_SCHEMA))
-    if args.output is None and not args.dry_run:
-        raise DataError("say --output DIR for the new shards, or --dry-run")
-    out = Path(args.output or os.devnull)
-    check_output(out, args.paths)
-    options = copy_options(args)
+    out, options = copy_target(args)
     tars = expand_shards(args.paths)
     rows = read_rows(tars, phash=False, processes=args.processes, label="filter")
     frame = with_language(rows.frame) if any("language" in rule for rule in rules) else rows.frame

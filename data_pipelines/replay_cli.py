@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import base64
 import hashlib
-import html
 import io
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,9 @@ from PIL import Image
 from data_pipelines.errors import DataError
 from data_pipelines.images import MAX_IMAGE_PIXELS, Geometry, Pixels, draw_geometry
 from data_pipelines.order import OrderParams
+from data_pipelines.page import THUMBNAIL_PX, document, picture
 from data_pipelines.rights import EMPTY, load_removal_list
 from data_pipelines.stream import Drawer, Drawn, Reader, ReadOptions, make_manifest
-
-THUMBNAIL = 160  # pixels
 
 
 @dataclass(frozen=True)
@@ -151,30 +149,22 @@ def describe(one: Seen) -> dict[str, Any]:
 
 def page(seen: list[Seen], *, title: str) -> str:
     """One HTML file, images inside."""
-    figures = "\n".join(_figure(one) for one in seen)
-    return (
-        f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>"
-        "<style>body{font:14px sans-serif;margin:2em}main{display:flex;flex-wrap:wrap;gap:12px}"
-        f"figure{{margin:0;width:{THUMBNAIL}px}}small{{color:#667;overflow-wrap:anywhere}}</style>"
-        f"<h1>{html.escape(title)}</h1><p>{len(seen)} pairs, cropped and mirrored as the model saw them; "
-        f"colour changes are not shown.</p><main>{figures}</main>\n"
+    body = (
+        f"<h1>{escape(title)}</h1><p>{len(seen)} pairs, cropped and mirrored as the model saw them; "
+        f'colour changes are not shown.</p><div class="grid">{"".join(map(_figure, seen))}</div>'
     )
+    return document(title, body)
 
 
 def _figure(one: Seen) -> str:
-    picture = _cropped(one.drawn.pixels, one.geometry)
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    source = base64.b64encode(buffer.getvalue()).decode()
-    return (
-        f'<figure><img width={THUMBNAIL} alt="" src="data:image/png;base64,{source}">'
-        f"<figcaption>{html.escape(one.drawn.caption)}<br><small>{html.escape(one.drawn.raw.key)}</small>"
-        "</figcaption></figure>"
-    )
+    _cropped(one.drawn.pixels, one.geometry).save(buffer, "PNG")
+    words = f'{escape(one.drawn.caption)}<br><span class="soft">{escape(one.drawn.raw.key)}</span>'
+    return f'<figure class="card">{picture(buffer.getvalue())}<figcaption>{words}</figcaption></figure>'
 
 
 def _cropped(pixels: Pixels, geometry: Geometry) -> Image.Image:
     box = geometry.box
     image = Image.fromarray(pixels[box.top : box.top + box.height, box.left : box.left + box.width])
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if geometry.flip else image

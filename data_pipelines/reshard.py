@@ -4,6 +4,7 @@ removed."""
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ from data_pipelines.build import (
     print_report,
 )
 from data_pipelines.encode import ImageOptions
+from data_pipelines.errors import DataError
 from data_pipelines.inputs import Inputs, Item, ShardImage, expand_shards, shard_items
 from data_pipelines.jobs import BuildOptions, BuildReport, plan_jobs, run_jobs
 
@@ -47,10 +49,14 @@ def parse_bytes(text: str) -> int:
     return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
 
 
-def add_copy_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+def add_copy_arguments(parser: argparse.ArgumentParser, *, dry_run: bool) -> None:
     """What `reshard`, `filter` and `dedup` share: how the shards that they write are cut and what images
-    become."""
-    add_output_arguments(parser, required=required)
+    become. `dry_run`: offer to write none."""
+    if dry_run:
+        parser.add_argument("--dry-run", action="store_true", help="count, but write nothing")
+    else:
+        parser.set_defaults(dry_run=False)
+    add_output_arguments(parser, required=not dry_run)
     parser.add_argument(
         "--shard-size", type=parse_bytes, metavar="SIZE", help="500MB, 2G; instead of a count"
     )
@@ -65,15 +71,22 @@ def copy_options(args: argparse.Namespace) -> BuildOptions:
     return replace(output_options(args, image=None if untouched else image), shard_bytes=args.shard_size)
 
 
+def copy_target(args: argparse.Namespace) -> tuple[Path, BuildOptions]:
+    """Where the new shards go, which a dry run need not say, and how they are written. Raises DataError."""
+    if args.output is None and not args.dry_run:
+        raise DataError("say --output DIR for the new shards, or --dry-run")
+    out = Path(args.output or os.devnull)
+    check_output(out, args.paths)
+    return out, copy_options(args)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", metavar="PATH", help="shards, folders or brace patterns of them")
-    add_copy_arguments(parser)
+    add_copy_arguments(parser, dry_run=False)
 
 
 def run(args: argparse.Namespace) -> int:
-    out = Path(args.output)
-    check_output(out, args.paths)
-    options = copy_options(args)
+    out, options = copy_target(args)
     inputs = shard_items(expand_shards(args.paths))
     print(inputs.described, file=sys.stderr)
     report = reshard_items(inputs, out, options, processes=args.processes)

@@ -2,53 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from html import escape
 from pathlib import Path
 
 import polars as pl
-from PIL import Image
 
 from data_pipelines.errors import DataError, SampleError
 from data_pipelines.images import open_image
 from data_pipelines.inputs import read_item
+from data_pipelines.page import document, number_card, thumbnail
 from data_pipelines.shard_rows import ShardRows
 from data_pipelines.stats import NUMBERS, Shares, Stats, histogram, share_tables
 
 NUM_SAMPLES = 12
-THUMBNAIL = 160  # pixels, longest side
-
-_STYLE = """
-:root {
-  --ink: #1c2430; --soft: #5b6675; --line: #dde2e8; --bar: #3b6fb6; --paper: #fff; --back: #f5f7f9;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --ink: #e6eaf0; --soft: #9aa6b5; --line: #333c48; --bar: #7aa7e0; --paper: #1a2029; --back: #12161c;
-  }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 24px 16px 48px; }
-h1 { font-size: 24px; margin: 0 0 4px; overflow-wrap: anywhere; } h2 { font-size: 17px; margin: 32px 0 12px; }
-p.soft, .soft { color: var(--soft); }
-.grid { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
-.wide { grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); }
-.card { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; }
-.card { padding: 12px; min-width: 0; }
-.card b { display: block; font-size: 22px; }
-.card i { color: var(--soft); font-style: normal; }
-.card h3 { font-size: 14px; margin: 0 0 8px; }
-figure { margin: 0; } figure img { width: 100%; height: 130px; object-fit: contain; }
-figcaption { font-size: 13px; margin-top: 6px; overflow-wrap: anywhere; }
-table { border-collapse: collapse; width: 100%; font-size: 13px; }
-td { padding: 2px 0; vertical-align: top; overflow-wrap: anywhere; }
-td + td { text-align: right; white-space: nowrap; padding-left: 12px; }
-svg { width: 100%; height: auto; display: block; }
-svg rect { fill: var(--bar); }
-svg text { fill: var(--soft); font-size: 11px; }
-"""
 
 
 def write_page(path: Path, stats: Stats, rows: ShardRows, *, title: str) -> None:
@@ -76,25 +42,19 @@ def render_page(stats: Stats, rows: ShardRows, *, title: str) -> str:
         cards.append(("without a caption", f"{stats.without_caption / total:.1%}"))
     if stats.unusable:
         cards.append(("unusable", f"{stats.unusable:,}"))
-    head = "".join(f'<div class="card"><b>{value}</b><i>{name}</i></div>' for name, value in cards)
     shares = "".join(_share_card(name, value, total) for name, value in share_tables(stats))
-    return "\n".join(
-        (
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>Data: {escape(title)}</title><style>{_STYLE}</style></head><body><main>",
-            f'<h1>{escape(title)}</h1><p class="soft">Written by clipstack data stats</p>',
-            f'<div class="grid">{head}</div>',
-            "<h2>Samples</h2>",
-            f'<div class="grid">{_samples(rows)}</div>',
-            "<h2>Sizes and captions</h2>",
-            '<p class="soft">The end bars hold everything beyond them.</p>',
-            f'<div class="grid wide">{_histograms(rows.frame)}</div>',
-            "<h2>Where from, and what</h2>",
-            f'<div class="grid wide">{shares}</div>',
-            "</main></body></html>",
-        )
+    body = (
+        f'<h1>{escape(title)}</h1><p class="soft">Written by clipstack data stats</p>',
+        f'<div class="grid">{"".join(number_card(value, name) for name, value in cards)}</div>',
+        "<h2>Samples</h2>",
+        f'<div class="grid">{_samples(rows)}</div>',
+        "<h2>Sizes and captions</h2>",
+        '<p class="soft">The end bars hold everything beyond them.</p>',
+        f'<div class="grid wide">{_histograms(rows.frame)}</div>',
+        "<h2>Where from, and what</h2>",
+        f'<div class="grid wide">{shares}</div>',
     )
+    return document(f"Data: {title}", "\n".join(body))
 
 
 def _samples(rows: ShardRows) -> str:
@@ -105,21 +65,13 @@ def _samples(rows: ShardRows) -> str:
     for row in picked.iter_rows(named=True):
         item = rows.inputs.items[row["place"]]
         try:
-            image = _thumbnail(read_item(item).image)
+            image = thumbnail(open_image(read_item(item).image))
         except SampleError as error:
             image = f'<span class="soft">{escape(str(error))}</span>'
         caption = escape(row["caption"] or "")
         size = f'<span class="soft">{escape(item.origin)}, {row["width"]} × {row["height"]}</span>'
         out.append(f'<figure class="card">{image}<figcaption>{caption}<br>{size}</figcaption></figure>')
     return "".join(out)
-
-
-def _thumbnail(data: bytes) -> str:
-    image = open_image(data)
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=85)
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}">'
 
 
 def _histograms(frame: pl.DataFrame) -> str:
@@ -144,7 +96,7 @@ def _bars(bars: list[tuple[float, float, int]]) -> str:
         hint = f"{_edge(low)} to {_edge(high)}: {count:,}"
         parts.append(
             f'<rect x="{i * step + 0.5:.1f}" y="{height - tall:.1f}" width="{max(step - 1, 0.5):.1f}" '
-            f'height="{tall:.1f}"><title>{hint}</title></rect>'
+            f'height="{tall:.1f}" fill="var(--a)"><title>{hint}</title></rect>'
         )
     label = f"{_edge(bars[0][0])} to {_edge(bars[-1][1])}"
     parts.append(f'<text x="0" y="{height + 14}">{_edge(bars[0][0])}</text>')
@@ -162,12 +114,12 @@ def _edge(value: float) -> str:
 
 
 def _share_card(name: str, shares: Shares, total: int) -> str:
-    lines = [f"<tr><td>{escape(value)}</td><td>{count:,}</td></tr>" for value, count in shares.top]
+    lines = [f'<tr><td>{escape(value)}</td><td class="n">{count:,}</td></tr>' for value, count in shares.top]
     if shares.distinct > len(shares.top):
         more = f"and {shares.distinct - len(shares.top):,} more"
         lines.append(f'<tr class="soft"><td>{more}</td><td></td></tr>')
     if shares.missing:
         share = f"{shares.missing:,} ({shares.missing / total:.0%})"
-        lines.append(f'<tr class="soft"><td>not known</td><td>{share}</td></tr>')
+        lines.append(f'<tr class="soft"><td>not known</td><td class="n">{share}</td></tr>')
     table = f"<table>{''.join(lines)}</table>"
     return f'<div class="card"><h3>{escape(_title(name))}</h3>{table}</div>'

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("clipstack", "clipstack/losses", "data_pipelines", "serve", "benchmarks")
+PACKAGES = ("clipstack", "clipstack/losses", "data_pipelines", "serve", "benchmarks", "docker", "examples")
 
 
 def first_sentence(path: Path) -> str:

@@ -1,9 +1,7 @@
-"""The shell of our HTML pages and the few drawings on them: one file each, no scripts, nothing from the
-network."""
+"""The few drawings on our HTML pages, as SVG."""
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -13,48 +11,6 @@ Points = Sequence[tuple[float, float]]
 COLOURS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)", "var(--e)", "var(--f)")
 WIDTH, HEIGHT = 460, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 30
-
-STYLE = """
-:root { --ink: #1c2430; --soft: #5b6675; --line: #dde2e8; --paper: #fff; --back: #f5f7f9;
-  --a: #2f6fbf; --b: #c0562f; --c: #2e8b57; --d: #8e44ad; --e: #b8860b; --f: #5f6b7a; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #9aa6b5; --line: #333c48; --paper:
-#1a2029;
-  --back: #12161c; --a: #7aa7e0; --b: #e08a6a; --c: #6fc596; --d: #c08ad8; --e: #d9b04c; --f: #9aa6b5; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 24px 16px 48px; }
-h1 { font-size: 24px; margin: 0 0 4px; overflow-wrap: anywhere; }
-h2 { font-size: 17px; margin: 32px 0 12px; }
-p { max-width: 70ch; }
-.soft { color: var(--soft); }
-.grid { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
-.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); }
-.card { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 12px; min-width:
-0; } .card img { width: 100%; image-rendering: pixelated; border-radius: 4px; display: block; }
-.scroll { overflow-x: auto; }
-.right { color: var(--c); } .wrong { color: var(--b); }
-table { border-collapse: collapse; font-size: 14px; }
-td, th { padding: 4px 14px 4px 0; text-align: left; vertical-align: middle; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-svg { width: 100%; height: auto; display: block; }
-svg text { fill: var(--soft); font-size: 11px; }
-code { background: var(--back); padding: 1px 4px; border-radius: 4px; overflow-wrap: anywhere; }
-"""
-
-
-def document(title: str, body: str) -> str:
-    """A whole page; `body` is HTML."""
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n"
-    )
-
-
-def picture(png: bytes, alt: str) -> str:
-    return (
-        f'<img alt="{escape(alt, quote=True)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-    )
 
 
 def line_chart(title: str, series: Mapping[str, Points], *, x_label: str = "step") -> str:
