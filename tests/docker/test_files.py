@@ -249,9 +249,9 @@ def test_the_last_stage_runs_as_a_user_without_rights(dockerfile: Path) -> None:
 
 
 def test_every_setting_in_an_image_is_one() -> None:
-    text = (DOCKER / "serve.Dockerfile").read_text() + (DOCKER / "compose.yaml").read_text()
-    names = re.findall(rf"{ENV_PREFIX}(\w+)=", text)
-    assert names and {name.lower() for name in names} <= Settings.model_fields.keys()
+    texts = [(DOCKER / name).read_text() for name in ("serve.Dockerfile", "compose.yaml", "kubernetes.yaml")]
+    names = re.findall(rf"{ENV_PREFIX}([A-Z_]+)", "\n".join(texts))
+    assert len(names) >= 9 and {name.lower() for name in names} <= Settings.model_fields.keys()
 
 
 def test_requirements_are_those_of_the_extras() -> None:

@@ -1,0 +1,123 @@
+"""A built image's server, run as Docker would: its own user, process 1, a read-only root, one volume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.clipstack.launching import wait_until
+
+USER = 10001
+START_S = 120
+# In a mount namespace of its own: the root becomes read-only, all but /state; /dev holds the usual devices.
+# Then the command becomes process 1, without rights and without a way to get any.
+SCRIPT = """
+set -eu
+root=$1 models=$2 state=$3
+shift 3
+mount --bind "$root" "$root"
+mount --bind "$models" "$root/models"
+mount -o remount,bind,ro "$root/models"
+mount --bind "$state" "$root/state"
+mount -t proc proc "$root/proc"
+mount -t tmpfs -o mode=755 tmpfs "$root/dev"
+for name in null zero urandom random; do
+    touch "$root/dev/$name"
+    mount --bind "/dev/$name" "$root/dev/$name"
+done
+mount -o remount,ro "$root/dev"
+mount -o remount,bind,ro "$root"
+exec setpriv --no-new-privs chroot --userspec=%d:%d --groups= "$root" "$@"
+""" % (USER, USER)  # noqa: UP031 - the script has braces of its own
+
+
+class ImageServer:
+    """The process that an image starts. root: its file system. config: as `docker inspect` shows it."""
+
+    def __init__(
+        self, root: Path, config: dict[str, Any], *arguments: str, models: Path, state: Path, log: Path
+    ) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        environ = [*config["Env"], f"CLIPSTACK_SERVE_PORT={port}", "OMP_NUM_THREADS=1", "HOME=/state"]
+        self._inside = ["/usr/bin/env", "-i", "-C", config["WorkingDir"], *environ]
+        self._started_at = time.monotonic()
+        with log.open("a") as output:
+            self.process = subprocess.Popen(
+                ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", SCRIPT, "sh",
+                 str(root), str(models), str(state), *self._inside, *config["Entrypoint"], *arguments],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            )  # fmt: skip
+
+    def wait_until_ready(self) -> float:
+        """Seconds from the start to the first good answer of /readyz."""
+
+        def is_ready() -> bool:
+            assert self.process.poll() is None, self.log.read_text()
+            try:
+                return httpx.get(f"{self.url}/readyz").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        wait_until(is_ready, START_S, "readiness")
+        return time.monotonic() - self._started_at
+
+    @property
+    def pid(self) -> int:
+        """Of the server, as this machine counts."""
+        parent = self.process.pid
+        (child,) = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        return int(child)
+
+    def status(self) -> dict[str, list[str]]:
+        """/proc/PID/status, by name."""
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        return {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
+
+    def run_inside(self, *command: str) -> int:
+        """The exit status of another command, as `docker exec` and health checks run it."""
+        entered = [
+            "nsenter",
+            "--target",
+            str(self.pid),
+            "--mount",
+            "--root",
+            "-S",
+            str(USER),
+            "-G",
+            str(USER),
+        ]
+        done = subprocess.run([*entered, *self._inside, *command], capture_output=True, check=False)
+        return done.returncode
+
+    def terminate(self) -> None:
+        os.kill(self.pid, signal.SIGTERM)
+
+    def events(self) -> list[dict[str, Any]]:
+        """What it logged."""
+        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+
+
+@contextmanager
+def image_server(
+    root: Path, config: dict[str, Any], *arguments: str, models: Path, state: Path, log: Path
+) -> Iterator[ImageServer]:
+    """Killed at the end of the block, if it still runs; its mounts go with its namespace."""
+    server = ImageServer(root, config, *arguments, models=models, state=state, log=log)
+    try:
+        yield server
+    finally:
+        server.process.kill()
+        server.process.wait()
