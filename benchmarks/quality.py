@@ -296,7 +296,11 @@ def run_stage(tasks: Sequence[Task], args: argparse.Namespace) -> None:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in list(result["values"].items())[:4])
         print(f"{task.name}: {shown}, {result['train_s']:.0f} s", file=sys.stderr, flush=True)
 
-    todo = [task for task in tasks if read_result(args.out, task) is None]
+    results = {task: read_result(args.out, task) for task in tasks}
+    for task, result in results.items():
+        if result is not None and task.budget == "samples" and result["steps"] != args.steps:
+            sys.exit(f"{args.out}/{task.name}.json: of {result['steps']} steps; take another folder")
+    todo = [task for task, result in results.items() if result is None]
     print(f"{len(todo)} of {len(tasks)} runs to do", file=sys.stderr, flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         for _ in pool.map(one, todo):
@@ -349,14 +353,16 @@ def report(results: Sequence[Mapping[str, Any]], *, value: str = "top1") -> str:
     """Markdown. Ours share seeds, weights at the start and order of data, so their differences are paired;
     against open_clip they are not."""
     lines = []
+    peers = [result for result in results if result["arm"] == PEER]
+    peer = {result["seed"]: result["values"][value] for result in peers}
     for budget in ("samples", "time"):
         group = [result for result in results if result["budget"] == budget]
-        # At equal time open_clip's run is the one at equal samples: the others were cut to its time.
-        peer = {r["seed"]: r["values"][value] for r in results if r["arm"] == PEER}
+        if not group:
+            continue
+        if budget == "time":  # the others were cut to the time of the peer's runs at equal samples
+            group += peers
         arms = {arm: {r["seed"]: r["values"][value] for r in group if r["arm"] == arm} for arm in ARMS}
         arms = {arm: by_seed for arm, by_seed in arms.items() if by_seed}
-        if not arms:
-            continue
         lines += [
             f"\nequal {budget}\n",
             "| arm | seeds | top-1, % | minus clip | minus open_clip | samples | seconds | core-seconds |",
