@@ -145,13 +145,11 @@ class ShardIndex:
     def payloads(self, sample: int, data: bytes, start: int) -> dict[str, bytes]:
         """Extension to payload, cut out of `data`, the tar's bytes from `start` on."""
         _, offset, size, _, _ = self._columns
-        names = self._names
+        mine = slice(self._firsts[sample], self._firsts[sample + 1])
         out: dict[str, bytes] = {}
-        for m in range(self._firsts[sample], self._firsts[sample + 1]):
-            name = names[m]
+        for name, at, length in zip(self._names[mine], offset[mine], size[mine], strict=True):
             if name not in out:
-                at = offset[m] - start
-                out[name] = data[at : at + size[m]]
+                out[name] = data[at - start : at - start + length]
         return out
 
     def payload_digest(self, sample: int, extension: str) -> bytes:

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -213,9 +213,10 @@ class Reader:
         if position in opened.removed:
             raise RemovedError(f"removed: {opened.removed[position]}")
         payloads = _read_members(opened, position)
+        index = opened.index
         # The index knows the hash of the image already, and the checksum vouches for the bytes.
-        digest = opened.index.payload_digest(position, _image_extension(payloads))
-        return parse_sample(f"{opened.name}/{opened.index.keys[position]}", payloads, self.options, digest)
+        digest_of = partial(index.payload_digest, position)
+        return parse_sample(f"{opened.name}/{index.keys[position]}", payloads, self.options, digest_of)
 
     def members(self, sample: int) -> dict[str, bytes]:
         """Every member of a sample, checked against the index. Raises SampleError, ShardError."""
@@ -285,15 +286,15 @@ def parse_sample(
     key: str,
     payloads: Mapping[str, bytes],
     options: ReadOptions,
-    digest: bytes | None = None,
+    digest_of: Callable[[str], bytes] | None = None,
 ) -> RawSample:
-    """What the members of a sample mean. `digest`: of the image, where an index knows it.
+    """What the members of a sample mean. `digest_of` an extension: its payload's, where an index knows it.
 
     Raises SampleError if it cannot be used, RemovedError if it must not be.
     """
     extension = _image_extension(payloads)
     image = payloads[extension]
-    digest = digest or payload_digest(image)
+    digest = digest_of(extension) if digest_of else payload_digest(image)
     if options.removals:
         # Shards of other tools carry the URL in KEY.json and have no Parquet file beside them.
         url = rights_of_json(payloads["json"]).get("url") if "json" in payloads else None

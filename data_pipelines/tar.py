@@ -55,7 +55,7 @@ def checksum(blocks: bytes) -> int:
     1.7 it costs next to nothing on every read. It adds up: the checksum of a run of members is the sum of
     theirs.
     """
-    return int(np.add.reduce(np.frombuffer(blocks, dtype=_WORDS)))
+    return int(np.add.reduce(np.frombuffer(blocks, _WORDS)))
 
 
 @dataclass(frozen=True, slots=True)
