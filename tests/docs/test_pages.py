@@ -36,6 +36,9 @@ PAGES = sorted(
 )
 
 
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_each_command_block_says_whether_it_runs(page: str) -> None:
     blocks = read_blocks(page)
@@ -76,6 +79,14 @@ def test_every_link_to_a_file_leads_to_one(page: str) -> None:
     path = REPOSITORY / page
     targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", path.read_text())
     assert [target for target in targets if not (path.parent / target).exists()] == []
+
+
+def test_figures_in_the_readme_stand_on_the_page_that_they_link_to() -> None:
+    rows = re.findall(r"^\|[^|]*\|([^|]*)\| \[\w+\]\((docs/benchmarks/\w+\.md)\) \|$", README, re.M)
+    assert len(rows) > 5
+    for told, page in rows:
+        measured = (REPOSITORY / page).read_text()
+        assert [figure for figure in re.findall(r"\d+\.\d+", told) if figure not in measured] == [], page
 
 
 def test_the_readme(tmp_path: Path) -> None:
