@@ -96,6 +96,7 @@ def test_the_readme(tmp_path: Path) -> None:
     run_page("README.md", tmp_path)
 
 
+@pytest.mark.slow
 def test_the_guide_to_data(tmp_path: Path) -> None:
     run_page("docs/data.md", tmp_path)
 

@@ -6,10 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
 from tests.clipstack.evaluation.conftest import png
 from tests.docs.pages import run_page
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_guide(
     model_folders: dict[str, Path], benchmark_folder: Path, tmp_path: Path
 ) -> None:
