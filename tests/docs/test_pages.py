@@ -10,8 +10,9 @@ import pytest
 
 from data_pipelines.index import Sample, write_shard
 from tests.clipstack.training_runs import png
-from tests.data_pipelines.making import image_folder
+from tests.data_pipelines.making import image_folder, jpeg
 from tests.docs.pages import COMMANDS, REPOSITORY, read_blocks, run_page
+from tests.serve.models import save_model, tiny_model
 
 OTHER_LANGUAGES = {"text", "toml", "json", "yaml", "promql", "dockerfile", "nginx", "ini"}
 # Measurements: their commands take minutes to hours, on machines and beside programs that the page names.
@@ -92,7 +93,7 @@ def test_figures_in_the_readme_stand_on_the_page_that_they_link_to() -> None:
 def test_the_readme(tmp_path: Path) -> None:
     image_folder(tmp_path / "photos", 12)
     image_folder(tmp_path / "photos-val", 6)
-    (tmp_path / "photo.jpg").write_bytes((tmp_path / "photos/000.jpg").read_bytes())
+    (tmp_path / "photo.jpg").write_bytes(jpeg(0))
     run_page("README.md", tmp_path)
 
 
@@ -114,4 +115,6 @@ def test_the_guide_to_training(tmp_path: Path) -> None:
 
 
 def test_the_page_on_python(tmp_path: Path) -> None:
+    save_model(tmp_path / "runs/mine", tiny_model())
+    (tmp_path / "photo.jpg").write_bytes(jpeg(0))
     run_page("docs/api.md", tmp_path)
