@@ -44,6 +44,7 @@ import pydantic_core
 REPOSITORY = Path(__file__).resolve().parents[1]
 NUM_IMAGES = 32
 LEAST_COSINE = 0.9999
+ANSWER_S = 20.0  # a server that is silent for so long does not answer any more
 LONG_TEXT = " ".join(
     ["red", "green", "blue", "small", "large", "round", "square", "old", "new", "bright"] * 6
 )
@@ -407,20 +408,39 @@ class Target:
     async def fire(self, shot: Shot, tally: Tally, *, since: float | None = None) -> None:
         """Send one request, judge its answer, and note the time from `since` (else from now)."""
         started = time.perf_counter() if since is None else since
-        reader, writer = (
-            self._idle.pop() if self._idle else await asyncio.open_connection("127.0.0.1", self.port)
-        )
-        writer.write(shot.payload)
-        status, body, keep = await _read_reply(reader)
+        status, body = await self._ask(shot.payload)
         ended = time.perf_counter()
-        if keep:
-            self._idle.append((reader, writer))
-        else:
-            writer.close()
         tally.statuses[status] = tally.statuses.get(status, 0) + 1
         if status == 200 and shot.expected is not None:
             tally.latencies.append(ended - started)
             self._judge(body, shot.expected, tally)
+
+    async def _ask(self, payload: bytes) -> tuple[int, bytes]:
+        """Status and body. A connection that the server closed while it idled is replaced, as clients do;
+        a new one that closes without an answer, or is silent for ANSWER_S, counts as status 0.
+        """
+        while True:
+            reused = bool(self._idle)
+            reader, writer = (
+                self._idle.pop() if reused else await asyncio.open_connection("127.0.0.1", self.port)
+            )
+            try:
+                writer.write(payload)
+                async with asyncio.timeout(ANSWER_S):
+                    status, body, keep = await _read_reply(reader)
+            except TimeoutError:
+                writer.close()
+                return 0, b""
+            except (asyncio.IncompleteReadError, ConnectionError):
+                writer.close()
+                if reused:
+                    continue
+                return 0, b""
+            if keep:
+                self._idle.append((reader, writer))
+            else:
+                writer.close()
+            return status, body
 
     def _judge(self, body: bytes, expected: np.ndarray[Any, Any], tally: Tally) -> None:
         vector = self.peer.vector(pydantic_core.from_json(body))
@@ -702,9 +722,9 @@ def main() -> int:
         if args.limits:
             report["limits"] = limits(ours, work)
         report |= rounds(found, args, work)
+        print(summary(report), flush=True)
         if args.open:
             report["open"] = {peer.name: open_scenarios(peer, work, args.open) for peer in found}
-    print(summary(report))
     print(json.dumps({key: report[key] for key in ("text_cosine", "open") if key in report}, indent=1))
     if args.json:
         args.json.write_text(json.dumps(report, indent=1))
