@@ -41,7 +41,6 @@ class Buildah:
         folder.mkdir(parents=True, exist_ok=True)
         policy = folder / "policy.json"
         policy.write_text(json.dumps(ACCEPT_ANYTHING))
-        self._folder = folder
         self._storage = [
             "--root", str(folder / "storage"), "--runroot", str(folder / "run"), "--storage-driver", "vfs",
         ]  # fmt: skip
@@ -57,23 +56,30 @@ class Buildah:
         assert done.returncode == 0, f"buildah {command}: {done.stdout[-6000:]}\n{done.stderr[-6000:]}"
         return done.stdout.rstrip("\n")
 
-    def has(self, image: str) -> bool:
-        return any(image in (entry["names"] or ()) for entry in json.loads(self("images", "--json") or "[]"))
+    def images(self) -> dict[str, list[str]]:
+        """Image id -> its names."""
+        entries = json.loads(self("images", "--all", "--json") or "[]")
+        return {entry["id"]: entry.get("names") or [] for entry in entries}
+
+    def clean(self) -> None:
+        """Remove every container, and every image but BASE."""
+        self("rm", "--all")
+        for image, names in self.images().items():
+            if BASE not in names:
+                self("rmi", "--force", image)
 
     def make_base(self) -> None:
         """BASE: Debian without anything that Python does not need."""
-        root = self._folder / "base"
-        shutil.rmtree(root, ignore_errors=True)
+        container = self("from", "scratch")
+        root = Path(self("mount", container))
         command = ["debootstrap", "--variant=minbase", f"--include={BASE_PACKAGES}", SUITE, str(root)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        for packages in (root / "var/cache/apt/archives").glob("*.deb"):
-            packages.unlink()
-        shutil.rmtree(root / "var/lib/apt/lists")
-        container = self("from", "scratch")
-        self("add", container, root, "/")
+        for package in (root / "var/cache/apt/archives").glob("*.deb"):
+            package.unlink()
+        for index in (root / "var/lib/apt/lists").glob("*_*"):
+            index.unlink()
         self("commit", "--rm", container, BASE)
-        shutil.rmtree(root)
 
     def build(self, dockerfile: Path, tag: str, *, pip_config: Path, **build_args: str) -> None:
         """Build with the repository as context, and with this machine's sources of packages."""
@@ -99,20 +105,13 @@ def buildah() -> Iterator[Buildah]:
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "containers.lock"):
         tool = Buildah(cache / "containers")
-        tool("rm", "--all")  # of a run that was killed
-        if not tool.has(BASE):
+        tool.clean()  # after a run that was killed
+        if not tool.images():
             tool.make_base()
-        before = _image_ids(tool)
         try:
             yield tool
         finally:
-            tool("rm", "--all")
-            for image in _image_ids(tool) - before:
-                tool("rmi", "--force", image)
-
-
-def _image_ids(tool: Buildah) -> set[str]:
-    return set(tool("images", "--all", "--quiet", "--no-trunc").split())
+            tool.clean()
 
 
 def host_pip_config() -> str:

@@ -63,16 +63,16 @@ class ImageServer:
 
     def wait_until_ready(self) -> float:
         """Seconds from the start to the first good answer of /readyz."""
-
-        def is_ready() -> bool:
-            assert self.process.poll() is None, self.log.read_text()
-            try:
-                return httpx.get(f"{self.url}/readyz").status_code == 200
-            except httpx.TransportError:
-                return False
-
-        wait_until(is_ready, START_S, "readiness")
+        with httpx.Client(base_url=self.url) as client:
+            wait_until(lambda: self._is_ready(client), START_S, "readiness")
         return time.monotonic() - self._started_at
+
+    def _is_ready(self, client: httpx.Client) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
+        try:
+            return client.get("/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
 
     @property
     def pid(self) -> int:

@@ -49,7 +49,8 @@ def test_two_machines_train_one_model_without_ssh(launcher: str, tmp_path: Path)
             [*documented(launcher, values(launcher, node, port, hosts)), "--config", str(recipe), *overrides],
             cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             # No ssh is found on this path, whatever the machine has.
-            env={**os.environ, "PATH": f"{BIN}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "LOGLEVEL": "INFO"},
+            env={**os.environ, "PATH": str(BIN), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+            | {"LOGLEVEL": "INFO"},
         )
         for node in range(2)
     ]  # fmt: skip
