@@ -21,6 +21,10 @@ from serve.settings import Settings
 
 B = TypeVar("B", bound=BaseModel)
 MAX_PARTS = 5000  # of an upload; how many may be images or texts is checked with the items
+# Lists and objects of a JSON body. Three bytes make a list of some 80 bytes in memory, so that a body within
+# its limit could fill the memory and hold the event loop for seconds while it is parsed.
+MAX_CONTAINERS = 200_000
+MAX_PARAM_CHARS = 200  # of a field's name in an error: unknown names are the client's, and may be long
 
 
 class ByteBudget:
@@ -102,6 +106,9 @@ async def parse_body(
 
 
 def _parse_json(body: bytes) -> Any:
+    if body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
+        message = f"the body holds more than {MAX_CONTAINERS} lists and objects: send several requests"
+        raise ServeError(ErrorCode.TOO_MANY_ITEMS, message)
     try:
         return pydantic_core.from_json(body, allow_inf_nan=False, cache_strings="keys")
     except ValueError as error:
@@ -124,13 +131,20 @@ def param_of(location: tuple[int | str, ...]) -> str | None:
     name = ""
     for part in location:
         name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else str(part)
-    return name or None
+    return name[:MAX_PARAM_CHARS] or None
 
 
 class _InMemoryMultiPart(MultiPartParser):
-    """Starlette's parser on a body that is in memory already: nothing is spooled to disk."""
+    """Starlette's parser on a body that is in memory already: nothing is spooled to disk.
+
+    It forgets a part that was not finished, so `is_whole` says whether the closing boundary came.
+    """
 
     spool_max_size = 1 << 40
+    is_whole = False
+
+    def on_end(self) -> None:
+        self.is_whole = True
 
 
 async def _parse_multipart(
@@ -152,6 +166,10 @@ async def _parse_multipart(
         raise ServeError(
             ErrorCode.INVALID_REQUEST, "the multipart body cannot be read, or has too many parts"
         ) from error
+    if not parser.is_whole:
+        await form.close()
+        message = "the multipart body ends before its closing boundary; it was probably cut in transfer"
+        raise ServeError(ErrorCode.INVALID_REQUEST, message)
     fields: dict[str, Any] = {}
     for name, part in form.multi_items():
         if isinstance(part, UploadFile):

@@ -10,6 +10,7 @@ refused rather than cut to a frame in silence.
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 from dataclasses import dataclass
@@ -24,6 +25,11 @@ from serve.runtime import UInt8
 
 ImageFormat = Literal["JPEG", "PNG", "WEBP"]
 MAX_JPEG_SCANS = 100
+# Pillow walks through a file's parts in Python, and joins EXIF parts in quadratic time: a file of nothing but
+# tiny parts would hold the interpreter for minutes.
+MAX_JPEG_PARTS = 500
+MAX_JPEG_PADDING = 65536
+MAX_PNG_CHUNKS = 10_000
 _EXIF_ORIENTATION = 0x0112
 
 
@@ -104,8 +110,32 @@ def _parse_jpeg(data: bytes) -> ImageHeader:
     # of a progressive file costs a pass over all pixels and may cost the sender only some bytes.
     if data.count(b"\xff\xda") > MAX_JPEG_SCANS:
         raise ServeError(ErrorCode.IMAGE_CORRUPT, f"the JPEG has more than {MAX_JPEG_SCANS} scans")
+    _check_jpeg_parts(data)
     with _open(data, "JPEG") as image:
         return ImageHeader("JPEG", *image.size)
+
+
+def _check_jpeg_parts(data: bytes) -> None:
+    """Raises ServeError image_corrupt for too many parts, or too much between them, before the first scan."""
+    position, padding = 2, 0
+    for _ in range(MAX_JPEG_PARTS):
+        start = data.find(b"\xff", position)
+        marker = _NOT_PADDING.search(data, start) if start >= 0 else None
+        at = len(data) if marker is None else marker.start()
+        padding += at - position
+        if padding > MAX_JPEG_PADDING:
+            raise ServeError(ErrorCode.IMAGE_CORRUPT, "the JPEG header is mostly padding")
+        if marker is None or data[at] == _START_OF_SCAN:
+            return
+        position = at + 1
+        if data[at] not in _BARE_MARKERS:
+            position += max(2, int.from_bytes(data[position : position + 2], "big"))
+    raise ServeError(ErrorCode.IMAGE_CORRUPT, f"the JPEG has more than {MAX_JPEG_PARTS} parts")
+
+
+_NOT_PADDING = re.compile(rb"[^\xff]")
+_START_OF_SCAN = 0xDA
+_BARE_MARKERS = frozenset((0x00, 0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)))  # no length follows these
 
 
 def _parse_png(data: bytes) -> ImageHeader:
@@ -114,10 +144,22 @@ def _parse_png(data: bytes) -> ImageHeader:
     kind, width, height = struct.unpack(">4sII", data[12:24])
     if kind != b"IHDR" or width > _PNG_SIDE or height > _PNG_SIDE:
         raise ServeError(ErrorCode.IMAGE_CORRUPT, "the PNG header is not valid")
-    # acTL, which makes a PNG an animation, must stand before the first IDAT.
-    if b"acTL" in data[33 : max(data.find(b"IDAT"), 33)]:
-        raise _animated()
+    _check_png_chunks(data)
     return ImageHeader("PNG", width, height)
+
+
+def _check_png_chunks(data: bytes) -> None:
+    """Raises ServeError image_animated, or image_corrupt for too many chunks."""
+    position, seen = 8, set[bytes]()
+    for _ in range(MAX_PNG_CHUNKS):
+        kind = data[position + 4 : position + 8]
+        if len(kind) < 4 or kind == b"IEND":
+            return
+        if kind == b"acTL" and b"IDAT" not in seen:
+            raise _animated()
+        seen.add(kind)
+        position += 12 + int.from_bytes(data[position : position + 4], "big")
+    raise ServeError(ErrorCode.IMAGE_CORRUPT, f"the PNG has more than {MAX_PNG_CHUNKS} chunks")
 
 
 def _parse_webp(data: bytes) -> ImageHeader:

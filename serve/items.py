@@ -107,8 +107,19 @@ def too_many(count: int, what: str, limit: int) -> ServeError:
     )
 
 
-def parse_labels(labels: Any, *, param: str, limit: int) -> tuple[str, ...]:
-    """Distinct, non-empty labels. Raises ServeError naming the entry."""
+def check_length(text: str, max_chars: int, *, param: str) -> None:
+    """Raises ServeError text_too_long.
+
+    Labels and templates are multiplied into prompts: before that they must be short, or a small request would
+    become gigabytes.
+    """
+    if len(text) > max_chars:
+        message = f"the text has {len(text)} characters; this server reads {max_chars}"
+        raise ServeError(ErrorCode.TEXT_TOO_LONG, message, param=param)
+
+
+def parse_labels(labels: Any, *, param: str, limit: int, max_chars: int) -> tuple[str, ...]:
+    """Distinct, non-empty labels of at most `max_chars` characters. Raises ServeError naming the entry."""
     if not isinstance(labels, list) or not labels:
         raise ServeError(ErrorCode.INVALID_REQUEST, "labels are a list of at least one text", param=param)
     if len(labels) > limit:
@@ -119,6 +130,7 @@ def parse_labels(labels: Any, *, param: str, limit: int) -> tuple[str, ...]:
             raise ServeError(
                 ErrorCode.INVALID_REQUEST, "a label is a text that is not empty", param=f"{param}[{index}]"
             )
+        check_length(label, max_chars, param=f"{param}[{index}]")
         if label in seen:
             raise ServeError(
                 ErrorCode.INVALID_REQUEST, "this label is given twice", param=f"{param}[{index}]"

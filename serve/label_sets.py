@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
@@ -118,6 +119,11 @@ class MatrixKey:
     templates: tuple[str, ...]
 
 
+def _size_of(key: MatrixKey, matrix: Float32) -> int:
+    """Bytes of an entry: long texts, of which a tower reads little, can be larger than their vectors."""
+    return matrix.nbytes + sum(sys.getsizeof(text) for text in (*key.labels, *key.templates))
+
+
 @dataclass
 class _Build:
     task: asyncio.Task[Float32]
@@ -154,30 +160,34 @@ class MatrixCache:
             return await asyncio.shield(entry.task)
         finally:
             entry.waiters -= 1
-            if entry.waiters == 0 and not keep:
+            if entry.waiters == 0 and not keep and self._building.get(key) is entry:
+                # Forgotten at once: the next request must begin anew, not wait for what is being called off.
+                del self._building[key]
                 entry.task.cancel()
 
     async def _build(self, key: MatrixKey, build: Callable[[], Awaitable[Float32]]) -> Float32:
         try:
             matrix = await build()
         finally:
-            del self._building[key]
+            entry = self._building.get(key)
+            if entry is not None and entry.task is asyncio.current_task():
+                del self._building[key]
         self._store(key, matrix)
         return matrix
 
     def _store(self, key: MatrixKey, matrix: Float32) -> None:
-        if matrix.nbytes > self._max_bytes:
+        size_bytes = _size_of(key, matrix)
+        if size_bytes > self._max_bytes or key in self._done:
             return
         self._done[key] = matrix
-        self._size_bytes += matrix.nbytes
+        self._size_bytes += size_bytes
         while self._size_bytes > self._max_bytes:
-            _, old = self._done.popitem(last=False)
-            self._size_bytes -= old.nbytes
+            self._size_bytes -= _size_of(*self._done.popitem(last=False))
 
     def forget(self, fingerprint: str) -> None:
         """Drop the matrices of a model that is no longer served."""
         for key in [key for key in self._done if key.fingerprint == fingerprint]:
-            self._size_bytes -= self._done.pop(key).nbytes
+            self._size_bytes -= _size_of(key, self._done.pop(key))
 
     async def close(self) -> None:
         tasks = [entry.task for entry in self._building.values()]

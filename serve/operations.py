@@ -130,10 +130,18 @@ def build_matrix(version: Version, key: MatrixKey) -> Callable[[], Awaitable[Flo
     """A function that computes the classifier matrix of `key` through the version's own queue."""
 
     async def build() -> Float32:
+        # A few labels at a time: all prompts of a large label set, or their vectors, would fill the memory.
+        num_templates = len(key.templates)
+        step = max(1, PROMPT_CHUNK // num_templates)
+        parts = []
         with version.lease():
-            prompts = prompts_of(key.labels, key.templates)
-            vectors = await version.encode_prompts(prompts, per_label=len(key.templates), chunk=PROMPT_CHUNK)
-        return classifier_matrix(vectors, num_templates=len(key.templates))
+            for start in range(0, len(key.labels), step):
+                prompts = prompts_of(key.labels[start : start + step], key.templates)
+                vectors = await version.encode_prompts(
+                    prompts, first_label=start, per_label=num_templates, chunk=PROMPT_CHUNK
+                )
+                parts.append(classifier_matrix(vectors, num_templates=num_templates))
+        return np.concatenate(parts)
 
     return build
 

@@ -188,10 +188,16 @@ def _question(service: Service, asked: schemas.ClassifyRequest) -> Question:
         known = service.label_sets.get(asked.label_set)
         labels, templates = known.labels, known.templates
         if asked.templates is not None:
-            templates = parse_templates(asked.templates, limit=settings.max_templates)
+            templates = parse_templates(
+                asked.templates, limit=settings.max_templates, max_chars=settings.max_text_chars
+            )
     else:
-        labels = parse_labels(asked.labels, param="labels", limit=settings.max_labels)
-        templates = parse_templates(asked.templates, limit=settings.max_templates)
+        labels = parse_labels(
+            asked.labels, param="labels", limit=settings.max_labels, max_chars=settings.max_text_chars
+        )
+        templates = parse_templates(
+            asked.templates, limit=settings.max_templates, max_chars=settings.max_text_chars
+        )
     if not is_registered and len(labels) * len(templates) > settings.max_prompts:
         raise too_many(len(labels) * len(templates), "prompts (labels x templates)", settings.max_prompts).at(
             "labels"
@@ -251,8 +257,15 @@ async def put_label_set(request: Request, set_id: SetId) -> Response:
 
     async def store(call: Call, asked: schemas.LabelSetRequest) -> Response:
         settings, service = call.service.settings, call.service
-        labels = parse_labels(asked.labels, param="labels", limit=settings.max_label_set_labels)
-        templates = parse_templates(asked.templates, limit=settings.max_templates)
+        labels = parse_labels(
+            asked.labels,
+            param="labels",
+            limit=settings.max_label_set_labels,
+            max_chars=settings.max_text_chars,
+        )
+        templates = parse_templates(
+            asked.templates, limit=settings.max_templates, max_chars=settings.max_text_chars
+        )
         versions = [model.version for model in service.models.values()]
         for version in versions:
             await version.check_labels(labels, templates, deadline=call.deadline)

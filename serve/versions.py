@@ -29,6 +29,7 @@ CANARY_TOLERANCE = 1e-3  # largest difference of any component; vectors are unit
 # Texts up to these are tokenised in the event loop: cheaper than a trip to the pool.
 INLINE_TEXTS = 8
 INLINE_CHARS = 2000
+CHECKED_LABELS = 256  # at a time: their prompts are in memory at once
 FOREVER = float("inf")
 
 
@@ -206,15 +207,19 @@ class Version:
         except ServeError as error:
             raise error.at(param) from error
 
-    async def encode_prompts(self, prompts: Sequence[str], *, per_label: int, chunk: int) -> Float32:
-        """Prompts of a classifier, `per_label` for each label -> (N, D). No deadline.
+    async def encode_prompts(
+        self, prompts: Sequence[str], *, first_label: int, per_label: int, chunk: int
+    ) -> Float32:
+        """Prompts of a classifier, `per_label` for each label from `first_label` on -> (N, D). No deadline.
 
         A chunk at a time, so that they never fill the queue.
         """
         rows = []
         for start in range(0, len(prompts), chunk):
             texts = {index: prompts[index] for index in range(start, min(start + chunk, len(prompts)))}
-            tokens = await self._tokenize_prompts(texts, per_label=per_label, deadline=FOREVER)
+            tokens = await self._tokenize_prompts(
+                texts, first_label=first_label, per_label=per_label, deadline=FOREVER
+            )
             rows += await gather_or_withdraw(
                 [self._encode_text(text.ids, FOREVER) for text in tokens.values()]
             )
@@ -224,14 +229,21 @@ class Version:
         """Raises ServeError text_too_long naming a label that does not fit into the context with every
         template.
         """
-        longest = max(templates, key=len)
-        prompts = dict(enumerate(prompts_of(tuple(labels), (longest,))))
-        await self._tokenize_prompts(prompts, per_label=1, deadline=deadline)
+        longest = await self._decoder.run(self._most_tokens, templates, deadline=deadline)
+        for start in range(0, len(labels), CHECKED_LABELS):
+            part = prompts_of(tuple(labels[start : start + CHECKED_LABELS]), (longest,))
+            await self._tokenize_prompts(
+                dict(enumerate(part)), first_label=start, per_label=1, deadline=deadline
+            )
+
+    def _most_tokens(self, templates: Sequence[str]) -> str:
+        """The template that leaves least room for a label."""
+        return max(templates, key=lambda text: self._tokenize_one(text, truncate=True).count)
 
     async def _tokenize_prompts(
-        self, prompts: Mapping[int, str], *, per_label: int, deadline: float
+        self, prompts: Mapping[int, str], *, first_label: int, per_label: int, deadline: float
     ) -> dict[int, Tokens]:
-        name = partial(_label_param, per_label=per_label)
+        name = partial(_label_param, first_label=first_label, per_label=per_label)
         work = partial(self._tokenize_all, prompts, truncate=False, param_of=name)
         return await self._decoder.run(work, deadline=deadline)
 
@@ -249,8 +261,8 @@ class Version:
         return bool(difference <= CANARY_TOLERANCE)
 
 
-def _label_param(prompt: int, *, per_label: int) -> str:
-    return f"labels[{prompt // per_label}]"
+def _label_param(prompt: int, *, first_label: int, per_label: int) -> str:
+    return f"labels[{first_label + prompt // per_label}]"
 
 
 @asynccontextmanager

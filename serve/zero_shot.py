@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from clipstack.templates import check_template, fill, load_templates
 from serve.errors import ErrorCode, ServeError
-from serve.items import too_many
+from serve.items import check_length, too_many
 from serve.runtime import Float32, ModelInfo
 
 Float64 = npt.NDArray[np.float64]
@@ -27,7 +27,7 @@ class Prediction:
     logit: float
 
 
-def parse_templates(value: Any, *, limit: int, param: str = "templates") -> tuple[str, ...]:
+def parse_templates(value: Any, *, limit: int, max_chars: int, param: str = "templates") -> tuple[str, ...]:
     """Templates of a request: a known name, or texts with one placeholder each. Raises ServeError naming the
     entry.
     """
@@ -43,6 +43,7 @@ def parse_templates(value: Any, *, limit: int, param: str = "templates") -> tupl
         if not isinstance(template, str) or check_template(template) is not None:
             message = 'a template is a text with one {} for the label, such as "a photo of a {}"'
             raise ServeError(ErrorCode.INVALID_REQUEST, message, param=f"{param}[{index}]")
+        check_length(template, max_chars, param=f"{param}[{index}]")
     return tuple(value)
 
 

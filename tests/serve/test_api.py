@@ -14,6 +14,7 @@ from fastapi.testclient import TestClient
 
 from serve.logs import configure_logging
 from serve.security import hash_token
+from serve.zero_shot import prompts_of
 from tests.serve.conftest import MakeClient
 from tests.serve.fakes import FakeRuntime, unit
 from tests.serve.pictures import data_uri, encoded, jpeg, picture
@@ -104,6 +105,19 @@ def test_uploads_need_no_base64(client: TestClient) -> None:
     np.testing.assert_array_equal(vectors(reply), vectors(embed(client, expected)))
 
 
+@pytest.mark.parametrize("missing", [1, 9, 40])
+def test_an_upload_that_was_cut_is_refused_and_no_part_is_dropped_in_silence(
+    client: TestClient, missing: int
+) -> None:
+    part = b'--XX\r\nContent-Disposition: form-data; name="input"\r\n\r\na cat\r\n'
+    model = b'--XX\r\nContent-Disposition: form-data; name="model"\r\n\r\nfake\r\n'
+    whole = model + part + part + b"--XX--"
+    headers = {"content-type": "multipart/form-data; boundary=XX"}
+    assert vectors(client.post("/v1/embeddings", content=whole, headers=headers)).shape[0] == 2
+    cut = client.post("/v1/embeddings", content=whole[:-missing], headers=headers)
+    refused(cut, 400, "invalid_request")
+
+
 def test_dimensions_are_refused_unless_trained_for_and_then_renormalised(client: TestClient) -> None:
     whole, half = vectors(embed(client, ["a cat"])), vectors(embed(client, ["a cat"], dimensions=8))
     np.testing.assert_allclose(half[0], whole[0][:8] / np.linalg.norm(whole[0][:8]), rtol=1e-6)
@@ -157,6 +171,10 @@ def test_wrong_requests_name_the_part_that_is_wrong(client: TestClient) -> None:
     refused(embed(client, "a", encoding_format="int8"), 400, "invalid_request", "encoding_format")
     refused(embed(client, "a", truncate="yes"), 400, "invalid_request", "truncate")
     refused(embed(client, "a", colour="red"), 400, "invalid_request", "colour")
+    name = "n" * 10_000
+    refused(embed(client, "a", **{name: 1}), 400, "invalid_request", name[:200])
+    many = b'{"model": "fake", "input": [' + b"[]," * 300_000 + b"1]}"
+    refused(client.post("/v1/embeddings", content=many), 413, "too_many_items")
     refused(client.get("/v1/nothing"), 404, "not_found")
     wrong_method = client.put("/v1/classify")
     refused(wrong_method, 405, "method_not_allowed")
@@ -171,6 +189,7 @@ def test_wrong_requests_name_the_part_that_is_wrong(client: TestClient) -> None:
         ("data:image/jpeg;base64,@@@", 400, "base64_invalid"),
         ("data:image/jpeg,abc", 400, "base64_invalid"),
         (data_uri(encoded(picture(), "GIF")), 415, "image_format_unsupported"),
+        ("data:" + ";" * 1_000_000 + ",", 400, "base64_invalid"),
         (MOVING, 415, "image_animated"),
     ],
 )  # fmt: skip
@@ -429,6 +448,49 @@ def test_label_sets_are_limited_and_checked(make_client: MakeClient) -> None:
     refused(client.put("/v1/label-sets/%2e%2e", json={"labels": ["a"]}), 400, "invalid_request", "set_id")
     assert client.put("/v1/label-sets/a", json={"labels": ["a"]}).status_code == 201
     refused(client.put("/v1/label-sets/b", json={"labels": ["a"]}), 413, "too_many_items")
+
+
+@pytest.mark.parametrize(
+    ("labels", "templates", "param"),
+    [
+        (["a"], ["{}" + " " * 9000], "templates[0]"),
+        (["a", "b" + " " * 9000], ["a {}"], "labels[1]"),
+    ],
+)
+def test_long_labels_and_templates_are_refused_before_they_are_multiplied(
+    client: TestClient, labels: list[str], templates: list[str], param: str
+) -> None:
+    put = client.put("/v1/label-sets/a", json={"labels": labels, "templates": templates})
+    refused(put, 400, "text_too_long", param)
+    asked = {"inputs": ["x"], "labels": labels, "templates": templates}
+    refused(client.post("/v1/classify", json=asked), 400, "text_too_long", param)
+
+
+def test_labels_must_fit_into_the_template_of_most_tokens_not_of_most_letters(client: TestClient) -> None:
+    templates = ["a {} " + "x" * 100, "a b c d e f g h {}"]
+    fits = client.put("/v1/label-sets/a", json={"labels": ["one two"], "templates": templates})
+    assert fits.status_code == 201
+    over = client.put("/v1/label-sets/a", json={"labels": ["one", "one two three"], "templates": templates})
+    refused(over, 400, "text_too_long", "labels[1]")
+
+
+def test_a_large_classifier_is_computed_a_few_labels_at_a_time(
+    client: TestClient, runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def watched(labels: Any, templates: Any) -> Any:
+        sizes.append(len(labels) * len(templates))
+        return prompts_of(labels, templates)
+
+    monkeypatch.setattr("serve.operations.prompts_of", watched)
+    labels, templates = [f"thing {n}" for n in range(100)], [f"t{n} {{}}" for n in range(30)]
+    asked = {"inputs": [IMAGE], "labels": labels, "templates": templates, "top_k": 100}
+    body = client.post("/v1/classify", json=asked).json()
+    assert sum(sizes) == 3000 and max(sizes) <= 64
+    logits, _ = reference_probabilities(runtime, vectors(embed(client, [IMAGE]))[0], labels, templates)
+    got = {entry["label"]: entry["logit"] for entry in body["data"][0]["predictions"]}
+    np.testing.assert_allclose([got[label] for label in labels], logits, rtol=1e-4, atol=1e-5)
 
 
 # Similarity

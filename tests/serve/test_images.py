@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import time
 import zlib
 
 import numpy as np
@@ -96,11 +97,9 @@ def test_a_phone_photo_with_a_second_picture_inside_is_no_animation() -> None:
 
 
 def png_header(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    head = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    body = png_chunk(b"IDAT", zlib.compress(b"\0" * 100)) + png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + head + body
 
 
 def test_bombs_are_refused_by_their_header() -> None:
@@ -134,6 +133,49 @@ def test_a_jpeg_of_endless_scans_is_refused() -> None:
         refusal(data[:scan] + b"\xff\xda\0\x02" * (MAX_JPEG_SCANS + 1) + data[scan:])
         is ErrorCode.IMAGE_CORRUPT
     )
+
+
+def exif_part(size: int) -> bytes:
+    return b"\xff\xe1" + struct.pack(">H", 2 + 6 + size) + b"Exif\0\0" + b"a" * size
+
+
+@pytest.mark.parametrize(
+    "filler",
+    [exif_part(20) * 30_000, b"\xff\xe5\0\x02" * 200_000, b"\xff" * 900_000, b"\xff\x00" * 400_000],
+    ids=["tiny EXIF parts", "empty parts", "padding", "escaped bytes"],
+)
+def test_a_jpeg_header_of_nothing_but_tiny_parts_costs_no_time(filler: bytes) -> None:
+    """Pillow alone takes seconds for these, and minutes for 10 MiB of the first."""
+    data = jpeg(1)
+    started = time.process_time()
+    assert refusal(data[:2] + filler + data[2:]) is ErrorCode.IMAGE_CORRUPT
+    assert time.process_time() - started < 0.1
+
+
+def test_a_jpeg_of_many_sound_parts_is_taken() -> None:
+    data = jpeg(1)
+    comments = (b"\xff\xfe" + struct.pack(">H", 60_002) + b"c" * 60_000) * 60
+    whole = data[:2] + exif_part(20) + comments + b"\xff" * 100 + data[2:]
+    np.testing.assert_array_equal(decode_image(whole, LIMITS), decode_image(data, LIMITS))
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def test_a_png_of_endless_chunks_is_refused() -> None:
+    data = encoded(picture(1), "PNG")
+    assert refusal(data[:33] + png_chunk(b"prVt", b"") * 20_000 + data[33:]) is ErrorCode.IMAGE_CORRUPT
+    some = data[:33] + png_chunk(b"prVt", b"x") * 500 + data[33:]
+    np.testing.assert_array_equal(decode_image(some, LIMITS), decode_image(data, LIMITS))
+
+
+def test_words_inside_a_png_s_chunks_are_no_chunks() -> None:
+    moving = encoded(picture(1), "PNG", save_all=True, append_images=[picture(2)])
+    said = png_chunk(b"tEXt", b"Comment\0IDAT acTL")
+    assert refusal(moving[:33] + said + moving[33:]) is ErrorCode.IMAGE_ANIMATED
+    still = encoded(picture(1), "PNG")
+    assert decode_image(still[:33] + said + still[33:], LIMITS).shape == (48, 64, 3)
 
 
 def test_damage_inside_gives_pixels_or_an_error_of_ours_and_nothing_else() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from clipstack.errors import ConfigError
-from serve.label_sets import LabelSet, LabelSetStore, MatrixCache, MatrixKey
+from serve.label_sets import LabelSet, LabelSetStore, MatrixCache, MatrixKey, _size_of
 from serve.runtime import Float32
 
 KEY = MatrixKey("f", ("a", "b"), ("{}",))
@@ -108,7 +108,7 @@ def test_a_failed_computation_is_tried_again() -> None:
 
 def test_the_least_recently_used_matrix_goes_first_and_memory_is_bounded() -> None:
     async def scenario() -> None:
-        cache = MatrixCache(3 * MATRIX.nbytes)
+        cache = MatrixCache(3 * _size_of(MatrixKey("0", ("a", "b"), ("{}",)), MATRIX))
         keys = [MatrixKey(str(n), ("a", "b"), ("{}",)) for n in range(4)]
 
         async def build() -> Float32:
@@ -119,5 +119,46 @@ def test_the_least_recently_used_matrix_goes_first_and_memory_is_bounded() -> No
         assert [key in cache for key in keys] == [True, False, True, True]
         cache.forget("3")
         assert keys[3] not in cache
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_comes_while_a_computation_is_called_off_begins_its_own() -> None:
+    async def scenario() -> None:
+        cache, builds = MatrixCache(1000), []
+
+        async def build() -> Float32:
+            builds.append(1)
+            if len(builds) == 1:
+                await asyncio.Event().wait()
+            return MATRIX
+
+        left = asyncio.ensure_future(cache.get(KEY, build, keep=False))
+        while not builds:
+            await asyncio.sleep(0)
+        left.add_done_callback(
+            lambda _: came.append(asyncio.ensure_future(cache.get(KEY, build, keep=False)))
+        )
+        came: list[asyncio.Future[Float32]] = []
+        left.cancel()
+        while not came:
+            await asyncio.sleep(0)
+        assert await came[0] is MATRIX
+        assert len(builds) == 2 and KEY in cache
+
+    asyncio.run(scenario())
+
+
+def test_long_texts_count_as_memory_of_the_cache() -> None:
+    async def scenario() -> None:
+        cache = MatrixCache(50_000)
+
+        async def build() -> Float32:
+            return MATRIX
+
+        keys = [MatrixKey("f", (f"{n} " + " " * 8000,), ("{}",)) for n in range(20)]
+        for key in keys:
+            await cache.get(key, build, keep=False)
+        assert [key in cache for key in keys] == [False] * 14 + [True] * 6
 
     asyncio.run(scenario())
