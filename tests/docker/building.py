@@ -85,7 +85,7 @@ class Buildah:
         """Build with the repository as context, and with this machine's sources of packages."""
         values = {"BASE_IMAGE": BASE, "TORCH_INDEX_URL": "", **build_args}
         self(
-            "bud", "--isolation", "chroot", "--format", "docker", "--pull-never", "--force-rm",
+            "bud", "--isolation", "chroot", "--format", "docker", "--pull-never", "--no-cache",
             "--tag", tag, "--file", dockerfile, "--secret", f"id=pip,src={pip_config}",
             *(part for key, value in values.items() for part in ("--build-arg", f"{key}={value}")),
             *(f"--volume={path}:{path}:ro" for path in local_paths(pip_config.read_text())),
