@@ -44,8 +44,9 @@ RUN groupadd --gid 10001 clipstack \
 COPY --from=build /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 ENV CLIPSTACK_SERVE_HOST=0.0.0.0 CLIPSTACK_SERVE_PORT=8000
-ENV CLIPSTACK_SERVE_LABEL_SET_FILE=/state/label-sets.sqlite3
-# Nothing else is written: the root file system can be read-only.
+# Nothing is written anywhere else, so that the root file system can be read-only. torch wants a folder for temporary
+# files as soon as it is imported.
+ENV CLIPSTACK_SERVE_LABEL_SET_FILE=/state/label-sets.sqlite3 TMPDIR=/state
 VOLUME /state
 WORKDIR /models
 USER 10001:10001
