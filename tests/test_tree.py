@@ -39,5 +39,18 @@ def test_the_tree_in_the_docs_is_true() -> None:
     assert (ROOT / "docs/tree.md").read_text(encoding="utf-8") == tree(), "run python tests/test_tree.py"
 
 
+def test_the_tree_in_the_readme_names_what_exists() -> None:
+    (text,) = re.findall(
+        r"^## The tree\n\n```text\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S
+    )
+    folder, named = Path(), []
+    for line in text.splitlines():
+        path = Path(line.split()[0])
+        folder = folder if line.startswith(" ") else path
+        named.append(folder / path if line.startswith(" ") else path)
+    assert len(named) > 15
+    assert [str(path) for path in named if not (ROOT / path).exists()] == []
+
+
 if __name__ == "__main__":
     (ROOT / "docs/tree.md").write_text(tree(), encoding="utf-8")
