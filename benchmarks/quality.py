@@ -42,6 +42,8 @@ from benchmarks.trainers import (  # noqa: E402
     Job,
     Ran,
     export_peer,
+    hidden,
+    keep_logs,
     logged_seconds,
     machine,
     our_command,
@@ -199,6 +201,8 @@ def perform(task: Task, args: argparse.Namespace, *, core: int) -> dict[str, Any
     cores = (core,) if args.jobs > 1 else ()
     job = Job(recipe, num_epochs=epochs_of(steps) if is_peer else 1, cores=cores)
     ran, model = _train_peer(job, folder, args) if is_peer else _train_ours(job, folder)
+    folders = {"REPO": ROOT, "RUN": folder, "DATA": args.data_dir, "PYTHON": sys.executable}
+    folders |= {"PEER": args.open_clip} if args.open_clip else {}
     result = {
         **asdict(task),
         "about": ARMS[task.arm].about,
@@ -215,9 +219,9 @@ def perform(task: Task, args: argparse.Namespace, *, core: int) -> dict[str, Any
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
         "versions": versions(args.open_clip if is_peer else sys.executable),
-        "command": " ".join(ran.command).replace(f"{ROOT}/", "").replace(f"{args.out}/", ""),
+        "command": hidden(" ".join(ran.command), folders),
     }
-    _keep_logs(folder, ran, args.out / "logs" / task.name)
+    keep_logs(folder, ran, args.out / "logs" / task.name, folders)
     path = args.out / f"{task.name}.json"
     path.with_suffix(".part").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".part").replace(path)
@@ -251,13 +255,6 @@ def evaluate(task: Task, model: Path, folder: Path, args: argparse.Namespace) ->
         cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     return {"top1": json.loads(out.read_text(encoding="utf-8"))["top1"]}
-
-
-def _keep_logs(folder: Path, ran: Ran, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    for path in (ran.log, ran.log.with_name("params.txt"), folder / "recipe.toml", folder / "benchmark.json"):
-        if path.is_file():
-            shutil.copyfile(path, out / path.name)
 
 
 def read_result(out: Path, task: Task) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -34,6 +35,8 @@ from benchmarks.trainers import (  # noqa: E402
     Ran,
     Spread,
     alternating,
+    hidden,
+    keep_logs,
     machine,
     our_command,
     our_line,
@@ -45,7 +48,7 @@ from benchmarks.trainers import (  # noqa: E402
     versions,
 )
 
-WARM_UP_STEPS = 4
+WARM_UP_STEPS = 1
 PHOTO_SHARDS = 8
 FLAT_SHARDS, FLAT_SAMPLES = 16, 256
 OURS, OUR_RANKS, PEER = "clipstack", "clipstack, 2 ranks", "open_clip"
@@ -228,8 +231,11 @@ def race(name: str, case: Case, args: argparse.Namespace, scratch: Path) -> dict
         job = Job(recipe, threads=args.threads, device=case.device)
         folder = _fresh(scratch, f"{name}-{number}-{entry}")
         ran = entries[entry](job, folder)
-        kept[entry].append(figures(ran, case, ROOT, scratch))
-        keep_logs(folder, ran, args.logs)
+        folders = {"REPO": ROOT, "RUN": folder, "DATA": Path(data).parent, "PYTHON": sys.executable}
+        folders |= {"PEER": args.open_clip} if args.open_clip else {}
+        kept[entry].append({**figures(ran, case), "command": hidden(" ".join(ran.command), folders)})
+        if args.logs:
+            keep_logs(folder, ran, args.logs / folder.name, folders)
         print(
             f"{name}, round {number + 1}, {entry}: {kept[entry][-1]['samples_per_s']:.1f} samples/s",
             file=sys.stderr,
@@ -244,12 +250,8 @@ def _fresh(scratch: Path, name: str) -> Path:
     return folder
 
 
-def figures(ran: Ran, case: Case, *roots: Path) -> dict[str, Any]:
-    """What is kept of a run: figures, every step's loss and arrival, and the command without this machine's
-    folders."""
-    command = " ".join(ran.command)
-    for root in roots:
-        command = command.replace(f"{root}/", "")
+def figures(ran: Ran, case: Case) -> dict[str, Any]:
+    """What is kept of a run: figures, and every step's loss and arrival."""
     return {
         "samples_per_s": steady_rate(ran, batch_size=case.batch_size, skip=case.skip, tail=case.tail),
         "first_step_s": ran.arrived_s[0],
@@ -260,19 +262,7 @@ def figures(ran: Ran, case: Case, *roots: Path) -> dict[str, Any]:
         "loss": [line.loss for line in ran.lines],
         "arrived_s": [round(at, 3) for at in ran.arrived_s],
         "own_samples_per_s": [line.rate for line in ran.lines],
-        "command": command,
     }
-
-
-def keep_logs(folder: Path, ran: Ran, out: Path | None) -> None:
-    """Copy what tells how a trainer was run: its log, and its recipe or parameters."""
-    if out is None:
-        return
-    target = out / folder.name
-    target.mkdir(parents=True, exist_ok=True)
-    for path in (ran.log, ran.log.with_name("params.txt"), folder / "recipe.toml", folder / "benchmark.json"):
-        if path.is_file():
-            shutil.copyfile(path, target / path.name)
 
 
 # ---- Report ----
@@ -375,6 +365,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     args = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the trainer is ended too
     args.cifar10 = args.cifar10.resolve()
     report: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),

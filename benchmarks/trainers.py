@@ -294,6 +294,29 @@ class _Memory:
         self.most_gib = max(self.most_gib or 0.0, max(map(float, used)) / 1024)
 
 
+def hidden(text: str, folders: Mapping[str, Path | str]) -> str:
+    """`text` with this machine's paths replaced by what they are; the longest first, as one may lie in
+    another."""
+    for name, path in sorted(folders.items(), key=lambda item: -len(str(item[1]))):
+        text = text.replace(str(path), name)
+    return text
+
+
+def keep_logs(folder: Path, ran: Ran, out: Path, folders: Mapping[str, Path | str]) -> None:
+    """Copy what tells how a trainer was run, its log and its recipe or parameters, without this machine's
+    paths."""
+    out.mkdir(parents=True, exist_ok=True)
+    written = (
+        ran.log,
+        ran.log.with_name("params.txt"),
+        folder / "recipe.toml",
+        folder / f"{MODEL_NAME}.json",
+    )
+    for path in filter(Path.is_file, written):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        (out / path.name).write_text(hidden(text, folders), encoding="utf-8")
+
+
 # ---- What the figures mean ----
 
 

@@ -21,6 +21,7 @@ from benchmarks.trainers import (
     StepLine,
     alternating,
     export_peer,
+    hidden,
     logged_seconds,
     our_command,
     our_line,
@@ -156,6 +157,12 @@ def test_a_trainer_that_fails_is_an_error_with_its_last_words(tmp_path: Path) ->
     command = [sys.executable, "-c", "raise SystemExit('out of luck')"]
     with pytest.raises(RuntimeError, match="out of luck"):
         run(command, tmp_path / "run" / "log", our_line, Job(RECIPE))
+
+
+def test_kept_logs_do_not_tell_where_they_were_made() -> None:
+    folders = {"REPO": Path("/home/me/code"), "RUN": Path("/home/me/code/runs/x"), "DATA": Path("/data")}
+    text = "--logs /home/me/code/runs/x/logs --train-data /data/a.tar /home/me/code/train.py"
+    assert hidden(text, folders) == "--logs RUN/logs --train-data DATA/a.tar REPO/train.py"
 
 
 def test_the_peers_checkpoint_becomes_a_model_with_the_same_features(tmp_path: Path) -> None:
