@@ -16,7 +16,7 @@ from starlette.responses import Response
 from clipstack.errors import ConfigError
 from serve import pages, routes
 from serve.bodies import param_of
-from serve.edge import Edge, error_response, trace_of
+from serve.edge import Admission, Edge, error_response, trace_of
 from serve.errors import ErrorCode, ServeError
 from serve.metrics import Metrics
 from serve.openapi import describe
@@ -36,7 +36,11 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         lifespan=partial(_lifespan, settings=settings, loaders=loaders),
-        middleware=[Middleware(Edge, service_of=lambda: app.state.service), *_cors(settings)],
+        middleware=[
+            Middleware(Edge, service_of=lambda: app.state.service),
+            *_cors(settings),
+            Middleware(Admission, service_of=lambda: app.state.service),
+        ],
         exception_handlers={
             ServeError: _serve_error,
             RequestValidationError: _validation_error,
@@ -82,7 +86,14 @@ async def _lifespan(
 def _cors(settings: Settings) -> list[Middleware]:
     if not settings.cors_origins:
         return []
-    exposed = ("X-Request-ID", "X-Embedding-Shape", "X-Embedding-Dtype", "X-Model-Fingerprint", "Retry-After")
+    exposed = (
+        "X-Request-ID",
+        "X-Embedding-Shape",
+        "X-Embedding-Dtype",
+        "X-Model-Fingerprint",
+        "Retry-After",
+        "Retry-After-Ms",
+    )
     return [
         Middleware(
             CORSMiddleware,

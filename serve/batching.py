@@ -1,7 +1,8 @@
-"""Work-conserving dynamic batching in plain asyncio: a bounded queue in front of one device thread.
+"""Work-conserving dynamic batching in plain asyncio: a bounded queue in front of one device.
 
 An idle device starts at once with whatever waits. While it is busy the queue fills, and what has gathered by
-the time it is free is the next batch. Nobody waits for a batch to fill up, and nothing polls.
+the time it is free is the next batch. Nobody waits for a batch to fill up, and nothing polls. A device may
+have several lanes: batches that it computes side by side.
 """
 
 from __future__ import annotations
@@ -158,23 +159,25 @@ class Batcher:
         runtime: Runtime,
         *,
         device: Executor,
+        lanes: int = 1,
         limits: BatchLimits | None = None,
         observer: BatchObserver | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
         self._runtime = runtime
         self._device = device
+        self._lanes = lanes
         self._limits = limits or BatchLimits()
         self._observer = observer or SilentObserver()
         self._clock = clock
         self._queues: dict[Kind, deque[_Item]] = {kind: deque() for kind in Kind}
-        self._running: list[_Item] = []
+        self._running = 0  # batches
 
     def submit(self, kind: Kind, payload: Payload, *, deadline: float) -> asyncio.Future[Float32]:
         """Queue one item; the future gives its vector (D,) or a ServeError. Cancel it to withdraw."""
         result = asyncio.get_running_loop().create_future()
         self._queues[kind].append(_Item(kind, payload, deadline, self._clock(), result))
-        if not self._running:
+        if self._running < self._lanes:
             self._start_next()
         return result
 
@@ -183,7 +186,7 @@ class Batcher:
 
     @property
     def busy(self) -> bool:
-        return bool(self._running)
+        return self._running > 0
 
     def _start_next(self) -> None:
         """Hand the device what has gathered, if anything still wants it."""
@@ -216,7 +219,7 @@ class Batcher:
         return batch
 
     def _start(self, kind: Kind, batch: list[_Item]) -> None:
-        self._running = batch
+        self._running += 1
         started = self._clock()
         encode = self._runtime.encode_images if kind is Kind.IMAGE else self._runtime.encode_texts
         loop = asyncio.get_running_loop()
@@ -225,7 +228,7 @@ class Batcher:
 
     def _finish(self, kind: Kind, batch: list[_Item], started: float, work: Future[list[_Outcome]]) -> None:
         """Keep the device busy first, then give out what it made."""
-        self._running = []
+        self._running -= 1
         self._start_next()
         now = self._clock()
         waited_s = started - min(item.queued_at for item in batch)

@@ -73,21 +73,13 @@ class Edge:
         reply = _Reply(send, trace, body, service)
         service.in_flight += 1
         try:
-            await self._answer(service, scope, body, reply)
+            await self._app(scope, body.receive, reply.send)
         except ClientDisconnect:
             trace.status = CLIENT_LEFT
         finally:
             service.in_flight -= 1
             service.answered += 1
             self._record(service, scope, trace)
-
-    async def _answer(self, service: Service, scope: Scope, body: _BodyWatch, reply: _Reply) -> None:
-        try:
-            admit(service, scope)
-        except ServeError as error:
-            await error_response(error, trace_of(scope))(scope, body.receive, reply.send)
-            return
-        await self._app(scope, body.receive, reply.send)
 
     def _record(self, service: Service, scope: Scope, trace: Trace) -> None:
         seconds = time.monotonic() - trace.arrived_at
@@ -114,12 +106,33 @@ class Edge:
         )
 
 
+class Admission:
+    """ASGI middleware inside of CORS, so that a browser's page may read why it was refused."""
+
+    def __init__(self, app: ASGIApp, service_of: Any) -> None:
+        self._app = app
+        self._service_of = service_of
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                admit(self._service_of(), scope)
+            except ServeError as error:
+                await error_response(error, trace_of(scope))(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"))
 
 
 def _request_id(headers: Headers) -> str:
     given = headers.get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
+    return given if _REQUEST_ID.fullmatch(given) else new_request_id()
+
+
+def new_request_id() -> str:
+    return f"{random.getrandbits(128):032x}"
 
 
 def admit(service: Service, scope: Scope) -> None:
@@ -166,15 +179,20 @@ def json_bytes(value: Any) -> bytes:
 def error_response(error: ServeError, trace: Trace) -> Response:
     """The one shape that every error has."""
     trace.code = error.code
-    body = {"message": error.message, "type": error.code.type, "param": error.param, "code": error.code}
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, round(error.retry_after_s + 0.5)))
         headers["Retry-After-Ms"] = str(max(1, round(error.retry_after_s * 1000)))
     if error.code is ErrorCode.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
-    content = json_bytes({"error": body, "request_id": trace.request_id})
+    content = error_body(error, trace.request_id)
     return Response(content, error.code.status, headers, media_type="application/json")
+
+
+def error_body(error: ServeError, request_id: str) -> bytes:
+    """The JSON of an error."""
+    body = {"message": error.message, "type": error.code.type, "param": error.param, "code": error.code}
+    return json_bytes({"error": body, "request_id": request_id})
 
 
 @dataclass

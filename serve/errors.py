@@ -35,6 +35,7 @@ class ErrorCode(StrEnum):
     RELOAD_IN_PROGRESS = "reload_in_progress"
     FINGERPRINT_MISMATCH = "fingerprint_mismatch"
     BODY_TOO_LARGE = "body_too_large"
+    HEADERS_TOO_LARGE = "headers_too_large"
     IMAGE_TOO_LARGE = "image_too_large"
     TOO_MANY_PIXELS = "too_many_pixels"
     TOO_MANY_ITEMS = "too_many_items"
@@ -76,6 +77,7 @@ _STATUS = {
     ErrorCode.RELOAD_IN_PROGRESS: 409,
     ErrorCode.FINGERPRINT_MISMATCH: 412,
     ErrorCode.BODY_TOO_LARGE: 413,
+    ErrorCode.HEADERS_TOO_LARGE: 413,
     ErrorCode.IMAGE_TOO_LARGE: 413,
     ErrorCode.TOO_MANY_PIXELS: 413,
     ErrorCode.TOO_MANY_ITEMS: 413,

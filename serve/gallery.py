@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from clipstack.errors import ConfigError
+from serve.errors import ServeError
 from serve.images import ImageLimits, decode_image
 from serve.items import ImageItem
 from serve.runtime import Float32
@@ -37,8 +38,8 @@ class Gallery:
         self._vectors: tuple[str, asyncio.Task[Float32]] | None = None
 
     @classmethod
-    def read(cls, folder: Path, *, max_images: int) -> Gallery:
-        """Raises ConfigError for a folder without images."""
+    def read(cls, folder: Path, *, max_images: int, limits: ImageLimits) -> Gallery:
+        """Raises ConfigError for a folder without images, and for an image that cannot be read."""
         if not folder.is_dir():
             raise ConfigError(
                 f"gallery = {str(folder)!r}: no such folder; give a folder of JPEG, PNG or WebP images"
@@ -46,7 +47,7 @@ class Gallery:
         paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _ENDINGS)[:max_images]
         if not paths:
             raise ConfigError(f"gallery = {str(folder)!r}: holds no JPEG, PNG or WebP image")
-        return cls(tuple(_picture(path) for path in paths))
+        return cls(tuple(_picture(path, limits) for path in paths))
 
     async def search(self, version: Version, query: Float32, top_k: int) -> list[tuple[Picture, float]]:
         """The pictures nearest to a text's vector (D,), with their cosines."""
@@ -55,7 +56,8 @@ class Gallery:
         return [(self.pictures[i], float(cosines[i])) for i in order]
 
     async def _vectors_of(self, version: Version) -> Float32:
-        if self._vectors is None or self._vectors[0] != version.info.fingerprint:
+        known = self._vectors
+        if known is None or known[0] != version.info.fingerprint or _has_failed(known[1]):
             self._vectors = (version.info.fingerprint, asyncio.ensure_future(self._encode(version)))
         return await asyncio.shield(self._vectors[1])
 
@@ -69,12 +71,18 @@ class Gallery:
         return np.concatenate(parts)
 
 
-def _picture(path: Path) -> Picture:
-    data = path.read_bytes()
-    limits = ImageLimits(size_bytes=1 << 30)
-    small = ImageOps.contain(
-        Image.fromarray(decode_image(data, limits)), (THUMBNAIL_PIXELS, THUMBNAIL_PIXELS)
-    )
+def _has_failed(task: asyncio.Task[Float32]) -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)
+
+
+def _picture(path: Path, limits: ImageLimits) -> Picture:
+    try:
+        data = path.read_bytes()
+        pixels = decode_image(data, limits)
+    except (OSError, ServeError) as error:
+        reason = error.message if isinstance(error, ServeError) else error.strerror
+        raise ConfigError(f"gallery: {str(path)!r} cannot be read ({reason}); repair or remove it") from error
+    small = ImageOps.contain(Image.fromarray(pixels), (THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     out = io.BytesIO()
     small.save(out, "JPEG", quality=80)
     return Picture(path.stem, data, "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode())

@@ -42,5 +42,11 @@ def configure_logging(level: str) -> None:
         logger.handlers = [handler] if name != "uvicorn.error" else []
         logger.propagate = name == "uvicorn.error"
         logger.setLevel(level.upper() if name == "serve" else "WARNING")
+    root = logging.getLogger()
+    if not root.handlers:  # what libraries say goes the same way
+        root.addHandler(handler)
+        root.setLevel("WARNING")
     logging.getLogger("uvicorn.access").disabled = True
+    # It warns of each upload that it cannot read, with a byte of it.
+    logging.getLogger("python_multipart").setLevel("ERROR")
     logging.captureWarnings(True)

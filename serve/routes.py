@@ -23,7 +23,7 @@ from serve.operations import Question, check_dimensions, classify, compare, embe
 from serve.runtime import Float32
 from serve.service import Service
 from serve.url_fetch import fetch_all
-from serve.versions import Encoded, ServedModel, Version
+from serve.versions import Encoded, ServedModel, Version, until
 from serve.zero_shot import parse_templates
 
 SET_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -397,6 +397,7 @@ async def _search(call: Call, asked: schemas.GallerySearch) -> Response:
         encoded = await embed(
             version, items, model.budget, deadline=call.deadline, truncate=True, param="text"
         )
-        hits = await gallery.search(version, encoded.vectors[0], asked.top_k)
+        async with until(call.deadline, version.clock):  # the first search encodes the pictures
+            hits = await gallery.search(version, encoded.vectors[0], asked.top_k)
     data = [{"name": hit.name, "similarity": cosine, "thumbnail": hit.thumbnail} for hit, cosine in hits]
     return json_response({"data": data, "model": model.name, "fingerprint": version.info.fingerprint})

@@ -64,9 +64,7 @@ class Tokens:
 
 
 class Runtime(Protocol):
-    """One loaded model. `tokenize` and `prepare_image` may be called from any thread; `encode_*` from one at
-    a time.
-    """
+    """One loaded model. Every method may be called from any thread."""
 
     @property
     def info(self) -> ModelInfo: ...

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import math
 import signal
 import socket
 import time
@@ -12,11 +14,15 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from clipstack.errors import ConfigError
+from serve.protocol import GuardedProtocol
 from serve.service import Service
 from serve.settings import Settings
 
 logger = logging.getLogger("serve")
 
+BACKLOG = 2048
+_NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # a name may have addresses that this host lacks
 LAST_WORDS_S = 0.2  # for requests on connections that were made before the port closed
 
 
@@ -63,6 +69,9 @@ class Server(uvicorn.Server):
         for server in self.servers:
             server.close()
         await asyncio.sleep(LAST_WORDS_S)
+        if self._stop_asked_at is not None:  # what the drain took of the grace period is gone
+            left_s = self._settings.grace_s - (time.monotonic() - self._stop_asked_at)
+            self.config.timeout_graceful_shutdown = max(1, math.ceil(left_s))
         await super().shutdown(sockets)
 
     def _begin_drain(self) -> None:
@@ -76,8 +85,29 @@ class Server(uvicorn.Server):
         return service
 
 
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets on every address of `host`. Raises ConfigError where there is none, or one is taken."""
+    sockets: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, address in dict.fromkeys((entry[0], entry[4]) for entry in found):
+            try:
+                sockets.append(socket.create_server((str(address[0]), port), family=family, backlog=BACKLOG))
+            except OSError as error:
+                if error.errno not in _NO_SUCH_ADDRESS or (not sockets and len(found) == 1):
+                    raise
+    except OSError as error:
+        for listener in sockets:
+            listener.close()
+        reason = error.strerror or "no such address"
+        raise ConfigError(
+            f"host = {host!r}, port = {port}: cannot listen there ({reason}); choose another --host or --port"
+        ) from error
+    return sockets
+
+
 def run_server(app: FastAPI, settings: Settings) -> int:
-    """Serve until a signal. Returns the process's exit status."""
+    """Serve until a signal. Returns the exit status; raises ClipstackError for mistakes of the user."""
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -91,9 +121,12 @@ def run_server(app: FastAPI, settings: Settings) -> int:
         timeout_graceful_shutdown=max(1, round(settings.grace_s)),
         ws="none",
         lifespan="on",
+        http=GuardedProtocol,
     )
     server = Server(config, app, settings)
-    server.run()
+    sockets = listen(settings.host, settings.port)
+    logger.info("listening", extra={"addresses": [listener.getsockname()[:2] for listener in sockets]})
+    server.run(sockets)
     service: Service | None = getattr(app.state, "service", None)
     if service is None or not server.started:
         return 1

@@ -48,7 +48,7 @@ class Service:
         self.answered = 0
         self.load_error: ClipstackError | None = None
         self.gallery: Gallery | None = None
-        self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._device = ThreadPoolExecutor(settings.device_lanes, thread_name_prefix="device")
         self.decoder = DecodePool(
             settings.decode_threads or max(2, available_cores()),
             ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
@@ -56,11 +56,12 @@ class Service:
         )
         self._machinery = Machinery(
             device=self._device,
+            lanes=settings.device_lanes,
             decoder=self.decoder,
             limits=BatchLimits(settings.max_batch_images, settings.max_batch_texts, settings.max_batch_bytes),
             max_text_chars=settings.max_text_chars,
         )
-        self.label_sets = LabelSetStore(settings.label_set_path, max_sets=settings.max_label_sets)
+        self._label_sets: LabelSetStore | None = None
         self.matrices = MatrixCache(settings.label_cache_bytes)
         self.models = {name: self._served(name, load) for name, load in loaders.items()}
         self.loaded_at: dict[str, float] = {}
@@ -86,11 +87,25 @@ class Service:
         else:
             await self._load_all()
 
+    @property
+    def label_sets(self) -> LabelSetStore:
+        """Raises ServeError loading before the file is open."""
+        if self._label_sets is None:
+            raise ServeError(ErrorCode.LOADING, "the server is still starting", retry_after_s=1.0)
+        return self._label_sets
+
     async def _load_all(self) -> None:
+        settings = self.settings
+        self._label_sets = LabelSetStore(settings.label_set_path, max_sets=settings.max_label_sets)
+        if settings.gallery is not None:  # read first: its mistakes show before a model has been loaded
+            self.gallery = await asyncio.to_thread(
+                Gallery.read,
+                settings.gallery,
+                max_images=settings.max_gallery_images,
+                limits=ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
+            )
         for model in self.models.values():
             await self.load(model)
-        if self.settings.gallery is not None:
-            self.gallery = Gallery.read(self.settings.gallery, max_images=self.settings.max_gallery_images)
 
     async def _load_or_note(self) -> None:
         try:
@@ -191,7 +206,8 @@ class Service:
         await self.matrices.close()
         self.decoder.close()
         self._device.shutdown(wait=True, cancel_futures=True)
-        self.label_sets.close()
+        if self._label_sets is not None:
+            self._label_sets.close()
 
 
 def draining() -> ServeError:

@@ -101,6 +101,10 @@ class Settings(Frozen):
     """
     device_threads: int = Field(default=0, ge=0)
     """CPU threads of a forward pass; 0: as many as this process may use."""
+    device_lanes: int = Field(default=2, ge=1)
+    """Batches that the device computes side by side. On a CPU they share out the threads, so that no core
+    waits for another at the end of every operation; to a GPU the next one is handed while it computes.
+    """
     decode_threads: int = Field(default=0, ge=0)
     """Threads that decode images beside the device; 0: one per core, at least two."""
     max_batch_images: int = Field(default=32, ge=1)

@@ -83,6 +83,14 @@ def accept(runtime: Runtime) -> Canary:
         raise SelfTestError(f"self-test: the model cannot encode ({type(error).__name__})") from error
 
 
+def load_or_refuse(load: RuntimeLoader) -> Runtime:
+    """The loaded model. Raises ClipstackError, also for what an engine raises, as when memory is short."""
+    try:
+        return load()
+    except (RuntimeError, ValueError, LookupError, ArithmeticError, MemoryError, OSError) as error:
+        raise SelfTestError(f"the model cannot be loaded ({type(error).__name__}: {error})") from error
+
+
 def canary_image(runtime: Runtime) -> UInt8:
     """A smooth picture with an edge in it, from a formula."""
     rows, columns = np.mgrid[0:96, 0:128]
@@ -96,6 +104,8 @@ class Machinery:
     """What all versions of all models share."""
 
     device: Executor
+    lanes: int
+    """Batches of one model that the device computes side by side."""
     decoder: DecodePool
     limits: BatchLimits
     max_text_chars: int
@@ -328,9 +338,15 @@ class ServedModel:
             raise ServeError(ErrorCode.RELOAD_IN_PROGRESS, "this model is being reloaded already")
         async with self._reloading:
             shared = self._machinery
-            runtime = await asyncio.to_thread(self._load)
+            runtime = await asyncio.to_thread(load_or_refuse, self._load)
             canary = await asyncio.get_running_loop().run_in_executor(shared.device, accept, runtime)
-            batcher = Batcher(runtime, device=shared.device, limits=shared.limits, observer=self._observer)
+            batcher = Batcher(
+                runtime,
+                device=shared.device,
+                lanes=shared.lanes,
+                limits=shared.limits,
+                observer=self._observer,
+            )
             old, self._version = self._version, Version(runtime, canary, batcher, shared)
             if old is not None:
                 await old.drained()

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
+from serve.protocol import GuardedProtocol
 from serve.server import KEEP_ALIVE_S
 
 
@@ -28,7 +29,14 @@ def live_server(app: FastAPI) -> Iterator[str]:
     """The server's base URL, once it answers."""
     listener = socket.create_server(("127.0.0.1", 0))
     server = _ThreadedServer(
-        uvicorn.Config(app, log_config=None, access_log=False, ws="none", timeout_keep_alive=KEEP_ALIVE_S)
+        uvicorn.Config(
+            app,
+            http=GuardedProtocol,
+            log_config=None,
+            access_log=False,
+            ws="none",
+            timeout_keep_alive=KEEP_ALIVE_S,
+        )
     )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -578,6 +579,9 @@ def test_other_origins_are_refused_unless_named(make_client: MakeClient, client:
         named.options("/v1/classify", headers=ask).headers["access-control-allow-origin"]
         == "https://app.example"
     )
+    unauthorized = named.get("/v1/models", headers={"origin": "https://app.example"})
+    refused(unauthorized, 401, "unauthorized")  # and the page may read that
+    assert unauthorized.headers["access-control-allow-origin"] == "https://app.example"
     other = named.options("/v1/classify", headers={**ask, "origin": "https://evil.example"})
     assert "access-control-allow-origin" not in other.headers
 
@@ -645,14 +649,25 @@ def test_request_ids_are_kept_where_they_are_sound(client: TestClient) -> None:
 
 
 def test_log_lines_are_json_and_hold_nothing_of_the_content(
-    client: TestClient, capsys: pytest.CaptureFixture[str], own_logging: None
+    client: TestClient,
+    capsys: pytest.CaptureFixture[str],
+    own_logging: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     configure_logging("debug")
     embed(client, ["my secret text", IMAGE], user="me@example.org")
     embed(client, ["my secret text", {"image": "c2VjcmV0"}])
     written = capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(logging.getLogger(), "handlers", [])  # as in a process of its own, without pytest's
+        configure_logging("debug")
+        upload = {"content-type": "multipart/form-data; boundary=XX"}
+        client.post("/v1/embeddings", content=b"s3cret", headers=upload)
+        logging.getLogger("a.library").warning("beware")
+    written += capsys.readouterr().err
     lines = [json.loads(line) for line in written.splitlines()]
-    assert [line["status"] for line in lines if line["event"] == "request"] == [200, 415]
+    assert [line["event"] for line in lines][-2:] == ["request", "beware"]
+    assert [line["status"] for line in lines if line["event"] == "request"] == [200, 415, 400]
     assert lines[0]["route"] == "/v1/embeddings" and lines[0]["items"] == 2
     assert "secret" not in written and "c2Vj" not in written and "me@example" not in written
 
