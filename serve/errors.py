@@ -49,6 +49,7 @@ class ErrorCode(StrEnum):
     LOADING = "loading"
     NOT_READY = "not_ready"
     DRAINING = "draining"
+    STORAGE_FAILED = "storage_failed"
     DEADLINE_EXCEEDED = "deadline_exceeded"
 
     @property
@@ -91,6 +92,7 @@ _STATUS = {
     ErrorCode.LOADING: 503,
     ErrorCode.NOT_READY: 503,
     ErrorCode.DRAINING: 503,
+    ErrorCode.STORAGE_FAILED: 503,
     ErrorCode.DEADLINE_EXCEEDED: 504,
 }
 

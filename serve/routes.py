@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import logging
+import sqlite3
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -29,6 +32,8 @@ from serve.zero_shot import parse_templates
 SET_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 SetId = Annotated[str, Path(pattern=SET_ID, examples=["pets"])]
 router = APIRouter()
+logger = logging.getLogger("serve")
+T = TypeVar("T")
 S = TypeVar("S", bound=schemas.Request)
 
 
@@ -239,14 +244,14 @@ def _as_list(value: Any, param: str) -> list[Any]:
 @router.get("/v1/label-sets")
 async def list_label_sets(request: Request) -> Response:
     """All registered label sets."""
-    sets = service_of(request).label_sets.list()
+    sets = await _stored(service_of(request).label_sets.list)
     return json_response({"object": "list", "data": [_label_set(entry) for entry in sets]})
 
 
 @router.get("/v1/label-sets/{set_id}")
 async def get_label_set(request: Request, set_id: SetId) -> Response:
     """One registered label set."""
-    return json_response(_label_set(service_of(request).label_sets.get(set_id)))
+    return json_response(_label_set(await _stored(service_of(request).label_sets.get, set_id)))
 
 
 @router.put("/v1/label-sets/{set_id}")
@@ -270,7 +275,7 @@ async def put_label_set(request: Request, set_id: SetId) -> Response:
         for version in versions:
             await version.check_labels(labels, templates, deadline=call.deadline)
         entry = LabelSet(set_id, labels, templates)
-        is_new = service.label_sets.put(entry)
+        is_new = await _stored(service.label_sets.put, entry)
         for version in versions:
             service.warm(version, labels, templates)
         return json_response(_label_set(entry), 201 if is_new else 200)
@@ -281,8 +286,21 @@ async def put_label_set(request: Request, set_id: SetId) -> Response:
 @router.delete("/v1/label-sets/{set_id}")
 async def delete_label_set(request: Request, set_id: SetId) -> Response:
     """Forget a label set."""
-    service_of(request).label_sets.delete(set_id)
+    await _stored(service_of(request).label_sets.delete, set_id)
     return json_response({"id": set_id, "object": "label_set", "deleted": True})
+
+
+async def _stored(action: Callable[..., T], *args: object) -> T:
+    """Use the label sets' file in a thread: a disk that is slow, or a lock, must not hold up other requests.
+
+    Raises ServeError storage_failed where the file cannot be read or written just now.
+    """
+    try:
+        return await asyncio.to_thread(action, *args)
+    except sqlite3.Error as error:
+        logger.error("label sets: the file cannot be used", extra={"reason": str(error)})
+        message = "the label sets cannot be read or stored just now; the server's log has the reason"
+        raise ServeError(ErrorCode.STORAGE_FAILED, message, retry_after_s=5.0) from error
 
 
 def _label_set(entry: LabelSet) -> dict[str, Any]:

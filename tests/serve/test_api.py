@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -449,6 +452,23 @@ def test_label_sets_are_limited_and_checked(make_client: MakeClient) -> None:
     refused(client.put("/v1/label-sets/%2e%2e", json={"labels": ["a"]}), 400, "invalid_request", "set_id")
     assert client.put("/v1/label-sets/a", json={"labels": ["a"]}).status_code == 201
     refused(client.put("/v1/label-sets/b", json={"labels": ["a"]}), 413, "too_many_items")
+
+
+def test_a_locked_label_set_file_answers_503_and_holds_up_nobody(
+    make_client: MakeClient, tmp_path: Path
+) -> None:
+    client = make_client(label_set_file=tmp_path / "locked.sqlite3")
+    client.app.state.service.label_sets._db.execute("PRAGMA busy_timeout=1000")  # type: ignore[attr-defined]
+    with closing(sqlite3.connect(tmp_path / "locked.sqlite3")) as other, ThreadPoolExecutor(1) as pool:
+        other.execute("BEGIN EXCLUSIVE")
+        put = pool.submit(client.put, "/v1/label-sets/a", json={"labels": ["a"]})
+        answered = 0
+        while not put.done():
+            assert embed(client, "a cat").status_code == 200
+            answered += 1
+        refused(put.result(), 503, "storage_failed")
+        assert put.result().headers["retry-after"] and answered > 2
+    assert client.put("/v1/label-sets/a", json={"labels": ["a"]}).status_code == 201
 
 
 @pytest.mark.parametrize(
