@@ -58,8 +58,8 @@ class Gallery:
     async def _vectors_of(self, version: Version) -> Float32:
         known = self._vectors
         if known is None or known[0] != version.info.fingerprint or _has_failed(known[1]):
-            self._vectors = (version.info.fingerprint, asyncio.ensure_future(self._encode(version)))
-        return await asyncio.shield(self._vectors[1])
+            known = self._vectors = (version.info.fingerprint, asyncio.ensure_future(self._encode(version)))
+        return await asyncio.shield(known[1])
 
     async def _encode(self, version: Version) -> Float32:
         with version.lease():
