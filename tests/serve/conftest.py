@@ -25,11 +25,16 @@ def runtime() -> FakeRuntime:
 
 @pytest.fixture
 def make_client(tmp_path: Path, runtime: FakeRuntime) -> Iterator[MakeClient]:
-    """Start an app with these settings; it stops with the test."""
+    """Start an app with these settings; it stops with the test. One batch at a time, which tests can hold."""
     with ExitStack() as stack:
 
         def make(engine: Any = None, **values: Any) -> TestClient:
-            values = {"models": ("fake=unused",), "label_set_file": tmp_path / "sets.sqlite3", **values}
+            plain = {
+                "models": ("fake=unused",),
+                "device_lanes": 1,
+                "label_set_file": tmp_path / "sets.sqlite3",
+            }
+            values = {**plain, **values}
             settings = Settings.model_validate(values)
             return stack.enter_context(TestClient(create_app(settings, engine or runtime)))
 

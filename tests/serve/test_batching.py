@@ -31,7 +31,7 @@ class Clock:
 
 @asynccontextmanager
 async def batching(runtime: FakeRuntime, **options: Any) -> AsyncIterator[Batcher]:
-    with ThreadPoolExecutor(1) as device:
+    with ThreadPoolExecutor(options.get("lanes", 1)) as device:
         yield Batcher(runtime, device=device, **options)
         runtime.gate.set()
 
@@ -42,6 +42,22 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 
 async def until_started(runtime: FakeRuntime) -> None:
     assert await asyncio.to_thread(runtime.started.wait, 10)
+
+
+def test_a_device_with_two_lanes_computes_two_batches_and_lets_the_rest_gather(runtime: FakeRuntime) -> None:
+    async def scenario() -> None:
+        runtime.hold()
+        async with batching(runtime, lanes=2) as batcher:
+            running = [batcher.submit(Kind.TEXT, ids(n), deadline=FOREVER) for n in range(2)]
+            waiting = [batcher.submit(Kind.TEXT, ids(n), deadline=FOREVER) for n in range(3, 6)]
+            assert batcher.depth(Kind.TEXT) == 3
+            runtime.gate.set()
+            vectors = await asyncio.gather(*running, *waiting)
+        assert runtime.batches == [("text", 1), ("text", 1), ("text", 3)]
+        for vector, token in zip(vectors, (0, 1, 3, 4, 5), strict=True):
+            np.testing.assert_array_equal(vector, runtime.vector(ids(token).tobytes()))
+
+    run(scenario)
 
 
 def test_an_idle_device_starts_at_once_and_what_gathers_meanwhile_is_the_next_batch(
