@@ -79,7 +79,8 @@ class DrainRate:
     of it.
 
     Intervals that began with fewer than `backlog` items outstanding say nothing about capacity and are left
-    out.
+    out. A rate that nothing has confirmed for `memory_s` is forgotten: while the process got no time it may
+    have been so low that no backlog is let in any more, by which it would ever be measured again.
     """
 
     def __init__(self, *, backlog: int = 16, memory_s: float = 5.0) -> None:
@@ -88,6 +89,7 @@ class DrainRate:
         self._items = 0.0
         self._seconds = 0.0
         self._since: float | None = None
+        self._confirmed_at = -math.inf
 
     def answered(self, count: int, *, outstanding: int, now: float) -> None:
         """Note `count` items answered at `now`, with `outstanding` still to do."""
@@ -96,11 +98,13 @@ class DrainRate:
             keep = math.exp(-elapsed_s / self._memory_s)
             self._items = self._items * keep + count
             self._seconds = self._seconds * keep + elapsed_s
+            self._confirmed_at = now
         self._since = now if outstanding >= self._backlog else None
 
-    @property
-    def per_s(self) -> float | None:
-        """None until a backlog was seen for a while."""
+    def per_s(self, now: float) -> float | None:
+        """None until a backlog was seen for a while, and when the last is long ago."""
+        if now - self._confirmed_at > self._memory_s:
+            self._items = self._seconds = 0.0
         return self._items / self._seconds if self._seconds > 0.05 and self._items > 0 else None
 
 
@@ -140,12 +144,12 @@ class Budget:
             raise ServeError(ErrorCode.TOO_MANY_ITEMS, message)
         if self.items + count > self.max_items:
             raise self._full(self.items + count - self.max_items)
-        rate = self._rate.per_s
+        rate = self._rate.per_s(self._clock())
         if rate is not None and self.items > 0 and self.items + count > rate * time_left_s * SAFE_SHARE:
             raise self._full(max(1, round(self.items + count - rate * time_left_s * SAFE_SHARE)))
 
     def _full(self, overflow: int) -> ServeError:
-        rate = self._rate.per_s
+        rate = self._rate.per_s(self._clock())
         wait_s = overflow / rate if rate else 1.0
         message = "the queue is full; try again after the time in Retry-After"
         return ServeError(ErrorCode.QUEUE_FULL, message, retry_after_s=min(max(wait_s, 0.05), 60.0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -222,7 +222,7 @@ def test_a_budget_refuses_what_would_be_late_and_says_when_to_return() -> None:
     for _ in range(100):  # ten a second
         clock.now += 0.1
         rate.answered(1, outstanding=50, now=clock.now)
-    assert rate.per_s == pytest.approx(10, rel=0.02)
+    assert rate.per_s(clock.now) == pytest.approx(10, rel=0.02)
     budget = Budget(1000, rate=rate, clock=clock)
     with budget.reserve(30, deadline=FOREVER):
         with budget.reserve(1, deadline=clock.now + 5):
@@ -239,4 +239,32 @@ def test_the_drain_rate_leaves_out_times_without_a_backlog() -> None:
     rate = DrainRate(backlog=8)
     for second in range(100):
         rate.answered(1, outstanding=0, now=float(second))
-    assert rate.per_s is None
+    assert rate.per_s(99.0) is None
+
+
+def test_a_rate_measured_while_the_process_got_no_time_is_forgotten() -> None:
+    """With 2 items a second, 1 is let in within a second: never the 16 that a new measure needs."""
+    clock = Clock()
+    rate = DrainRate(backlog=16)
+    for _ in range(10):
+        clock.now += 0.5
+        rate.answered(1, outstanding=50, now=clock.now)
+    budget = Budget(1000, rate=rate, clock=clock)
+
+    def most_let_in() -> int:
+        held = [budget.reserve(1, deadline=clock.now + 1) for _ in range(40)]
+        count = 0
+        try:
+            for entry in held:
+                entry.__enter__()
+                count += 1
+        except ServeError:
+            pass
+        for entry in held[:count]:  # the requests fail: what was not answered is not measured
+            with suppress(RuntimeError):
+                entry.__exit__(RuntimeError, RuntimeError(), None)
+        return count
+
+    assert most_let_in() == 1
+    clock.now += 6
+    assert most_let_in() == 40

@@ -123,13 +123,14 @@ def test_without_a_model_it_says_how_to_get_one(tmp_path: Path) -> None:
     [
         (("--model", "./nowhere"), ("nowhere",)),
         (("--port", "abc"), ("port", "abc")),
+        (("--model", "ViT-B-32", "--label-set-file", "/dev/null/sets"), ("label_set_file", "/dev/null/sets")),
     ],
 )
 def test_mistakes_end_with_one_line(
     tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     done = command(
-        *arguments, "--label-set-file", str(tmp_path / "sets"), "--log-level", "error", "--host", "127.0.0.1"
+        "--label-set-file", str(tmp_path / "sets"), "--log-level", "error", "--host", "127.0.0.1", *arguments
     )
     assert done.returncode in (1, 2)
     last = done.stderr.strip().splitlines()[-1]
