@@ -26,7 +26,7 @@ def documented(launcher: str, replacements: dict[str, str]) -> list[str]:
         block for block in read_blocks("docs/deploy.md")
         if "several machines" in block.why and f" {launcher} " in block.text
     ]  # fmt: skip
-    words = shlex.split(block.text)
+    words = shlex.split(block.text.replace("\\\n", " "))
     words = words[words.index(launcher) : words.index("--config")]
     for old, new in replacements.items():
         assert old in words, f"{old}: not in the guide's command"
