@@ -54,12 +54,17 @@ class TimedRuntime(FakeRuntime):
 BATCH = 4
 CAPACITY = BATCH / TimedRuntime.batch_s  # texts a second
 DEADLINE_MS = 1000
+MARGIN_S = 0.5
 
 
 @dataclass
 class Seen:
     statuses: Counter[int] = field(default_factory=Counter)
     retry_after: list[str | None] = field(default_factory=list)
+    latencies_s: list[float] = field(default_factory=list)  # of those answered 200, from when they were due
+    lateness_s: list[float] = field(default_factory=list)  # how long after it was due each request was sent
+    seconds: float = 0.0  # from the first request that was due to the last answer
+    cpu_s: float = 0.0  # of this process, in which client and server run
 
 
 async def offer(url: str, *, rate: float, seconds: float) -> Seen:
@@ -68,24 +73,29 @@ async def offer(url: str, *, rate: float, seconds: float) -> Seen:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=30, limits=limits) as client:
 
-        async def one(number: int) -> None:
+        async def one(number: int, due: float) -> None:
             reply = await client.post(
                 "/v1/embeddings",
                 json={"model": "fake", "input": f"text {number}"},
                 headers={"x-request-timeout-ms": str(DEADLINE_MS)},
             )
             seen.statuses[reply.status_code] += 1
+            if reply.status_code == 200:
+                seen.latencies_s.append(time.perf_counter() - due)
             if reply.status_code == 429:
                 seen.retry_after.append(reply.headers.get("retry-after-ms"))
 
-        started, tasks = time.perf_counter(), []
+        started, cpu_started, tasks = time.perf_counter(), time.process_time(), []
         for number in itertools.count():
             due = started + number / rate
             if due > started + seconds:
                 break
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            tasks.append(asyncio.ensure_future(one(number)))
+            seen.lateness_s.append(time.perf_counter() - due)
+            tasks.append(asyncio.ensure_future(one(number, due)))
         await asyncio.gather(*tasks)
+        seen.seconds = time.perf_counter() - started
+        seen.cpu_s = time.process_time() - cpu_started
     return seen
 
 
@@ -93,14 +103,28 @@ def check_overload(url: str, *, seconds: float) -> Seen:
     seen = asyncio.run(offer(url, rate=2 * CAPACITY, seconds=seconds))
     assert set(seen.statuses) <= {200, 429, 504}, seen.statuses
     assert seen.statuses[429] > 0 and all(seen.retry_after)
-    # How many and how fast is measured in benchmarks/serve.py: here the machine may be busy with other tests.
     assert seen.statuses[200] > 0
     return seen
 
 
+def check_goodput(seen: Seen) -> None:
+    """At least 0.9 of the capacity answered, and 99 of 100 answers within the deadline and a margin.
+
+    The margin is for the client: it shares the cores with the server, and its clock starts when a request was
+    due, not when it was sent. The server itself answers 504 at the deadline. Where requests left late although
+    this process used little of one core, others had the cores: that says nothing of the server.
+    """
+    if np.quantile(seen.lateness_s, 0.9) > 0.1 and seen.cpu_s < 0.7 * seen.seconds:
+        pytest.skip("the machine is too busy with other work to keep the rate of requests")
+    goodput = seen.statuses[200] / seen.seconds
+    assert goodput >= 0.9 * CAPACITY, (goodput, CAPACITY, seen.statuses)
+    p99_s = float(np.quantile(seen.latencies_s, 0.99))
+    assert p99_s <= DEADLINE_MS / 1000 + MARGIN_S, p99_s
+
+
 @pytest.fixture
 def overloaded(tmp_path: Path) -> Iterator[str]:
-    settings = settings_in(tmp_path, max_batch_texts=BATCH, max_queue_items=1000)
+    settings = settings_in(tmp_path, device_lanes=1, max_batch_texts=BATCH, max_queue_items=1000)
     with live_server(create_app(settings, TimedRuntime())) as url:
         yield url
 
@@ -110,10 +134,16 @@ def test_at_twice_the_capacity_every_request_is_answered_or_refused_at_the_door(
 
 
 @pytest.mark.slow
-def test_a_minute_at_twice_the_capacity_leaves_memory_flat(overloaded: str) -> None:
+def test_a_minute_at_twice_the_capacity_keeps_goodput_and_leaves_memory_flat(overloaded: str) -> None:
+    """The device sleeps for a known time a batch, so the capacity is known and the cores are free.
+
+    A sleep that ends late on a busy machine makes the device slower than `CAPACITY`, by about 1 ms in the 100
+    of a batch. The first 15 s let the server learn its rate and the process its size. Seen with 9 other
+    processes on 2 cores, for 12 s: 0.91 of the capacity, p99 0.95 s.
+    """
     check_overload(overloaded, seconds=15)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    check_overload(overloaded, seconds=60)
+    check_goodput(check_overload(overloaded, seconds=60))
     grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown_kib < 32 * 1024, grown_kib
 
@@ -227,7 +257,14 @@ class Unstable(FakeRuntime):
 
 
 @pytest.mark.parametrize(
-    "planned", [CheckpointError("weights are damaged"), NotANumber("bad"), Unstable("bad")]
+    "planned",
+    [
+        CheckpointError("weights are damaged"),
+        RuntimeError("CUDA out of memory"),
+        MemoryError(),
+        NotANumber("bad"),
+        Unstable("bad"),
+    ],
 )
 def test_a_reload_that_goes_wrong_leaves_the_old_model_in_place(
     reloadable: str, versions: Versions, planned: Any
