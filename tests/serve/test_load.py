@@ -111,7 +111,7 @@ def check_goodput(seen: Seen) -> None:
     """At least 0.9 of the capacity answered, and 99 of 100 answers within the deadline and a margin.
 
     The margin is for the client: it shares the cores with the server, and its clock starts when a request was
-    due, not when it was sent. The server itself answers 504 at the deadline. Where requests left late although
+    due, not when it was sent. The server answers 504 at the deadline. Where requests left late although
     this process used little of one core, others had the cores: that says nothing of the server.
     """
     if np.quantile(seen.lateness_s, 0.9) > 0.1 and seen.cpu_s < 0.7 * seen.seconds:
