@@ -16,15 +16,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, assert_never
-
-import polars as pl
+from typing import TYPE_CHECKING, Any, Literal, assert_never
 
 from data_pipelines.errors import DataError, SampleError, ShardError
 from data_pipelines.index import ShardIndex, Span, build_index, decode_index, payload_digest
 from data_pipelines.rights import ALIASES, RIGHTS_COLUMNS, rights_of, rights_of_json
 from data_pipelines.sources import LocalFile, expand, find_index, is_pipe, is_remote
 from data_pipelines.table import CARRIED, foreign_columns, image_member, json_captions, read_table
+
+if TYPE_CHECKING:
+    import polars as pl
 
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
@@ -315,6 +316,8 @@ def _collect_table(path: Path, options: InputOptions) -> Inputs:
 
 
 def _table_schema(path: Path) -> dict[str, pl.DataType]:
+    import polars as pl
+
     try:
         return dict(_scan(path).collect_schema())
     except (pl.exceptions.PolarsError, OSError) as error:
@@ -322,6 +325,8 @@ def _table_schema(path: Path) -> dict[str, pl.DataType]:
 
 
 def _scan(path: Path) -> pl.LazyFrame:
+    import polars as pl
+
     # Text tables are read as text: a caption such as "1984" or an author "007" must not turn into a number.
     match path.suffix.lower():
         case ".csv":
@@ -335,6 +340,8 @@ def _scan(path: Path) -> pl.LazyFrame:
 
 
 def _table_rows(path: Path, columns: Sequence[str]) -> pl.DataFrame:
+    import polars as pl
+
     try:
         return _scan(path).select(columns).collect()
     except (pl.exceptions.PolarsError, OSError) as error:
@@ -358,6 +365,8 @@ def _pick(
 
 def _is_bytes(dtype: pl.DataType) -> bool:
     """Binary, or the struct of bytes and path that Hugging Face's datasets write."""
+    import polars as pl
+
     return dtype == pl.Binary or (
         isinstance(dtype, pl.Struct) and any(f.name == "bytes" for f in dtype.fields)
     )

@@ -15,9 +15,9 @@ from data_pipelines.index import Sample
 from data_pipelines.inputs import Inputs, Item, ShardImage, read_members, shard_items
 from data_pipelines.parallel import map_processes
 from data_pipelines.progress import Progress
-from data_pipelines.table import SCHEMA, Row, describe, read_table, to_frame
+from data_pipelines.table import Row, describe, read_table, schema, to_frame
 
-FRAME_SCHEMA = {**SCHEMA, "shard": pl.String(), "place": pl.Int64()}
+FRAME_SCHEMA = {**schema(), "shard": pl.String(), "place": pl.Int64()}
 """Of `read_rows`: the table's columns, the tar's path and the sample's place among all samples of all
 shards."""
 

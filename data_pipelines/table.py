@@ -8,36 +8,39 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import polars as pl
+from typing import TYPE_CHECKING, Any
 
 from data_pipelines.encode import image_size, perceptual_hash
 from data_pipelines.errors import SampleError, ShardError
 from data_pipelines.index import IMAGE_EXTENSIONS, Sample
 from data_pipelines.rights import ALIASES, RIGHTS_COLUMNS, rights_of_json
 
+# polars is imported where it is used: the base install checks shards that have no tables.
+if TYPE_CHECKING:
+    import polars as pl
+
 VERSION = "1"
 _VERSION_KEY = "clipstack.table"
 
-SCHEMA: dict[str, pl.DataType] = {
-    "key": pl.String(),
-    "caption": pl.String(),
-    "caption_chars": pl.Int32(),
-    "caption_words": pl.Int32(),
-    "label": pl.Int32(),  # the .cls member
-    "format": pl.String(),
-    "width": pl.Int32(),  # of the stored image, upright, in pixels
-    "height": pl.Int32(),
-    "original_width": pl.Int32(),  # before the builder shrank it
-    "original_height": pl.Int32(),
-    "image_bytes": pl.Int64(),
-    "sha256": pl.String(),  # of the stored image bytes
-    "phash": pl.String(),
-    **{name: pl.String() for name in RIGHTS_COLUMNS},
-    "language": pl.String(),
-    "origin": pl.String(),  # the file, the row or the shard/key it came from
+SCHEMA: dict[str, str] = {
+    "key": "String",
+    "caption": "String",
+    "caption_chars": "Int32",
+    "caption_words": "Int32",
+    "label": "Int32",  # the .cls member
+    "format": "String",
+    "width": "Int32",  # of the stored image, upright, in pixels
+    "height": "Int32",
+    "original_width": "Int32",  # before the builder shrank it
+    "original_height": "Int32",
+    "image_bytes": "Int64",
+    "sha256": "String",  # of the stored image bytes
+    "phash": "String",
+    **{name: "String" for name in RIGHTS_COLUMNS},
+    "language": "String",
+    "origin": "String",  # the file, the row or the shard/key it came from
 }
+"""Column to polars data type."""
 
 CARRIED = (*RIGHTS_COLUMNS, "language", "original_width", "original_height")
 """Columns that no reader can find in the shard itself."""
@@ -124,8 +127,17 @@ def describe(
     return row
 
 
+def schema() -> dict[str, pl.DataType]:
+    """SCHEMA with polars' own types."""
+    import polars as pl
+
+    return {name: getattr(pl, kind)() for name, kind in SCHEMA.items()}
+
+
 def to_frame(rows: Iterable[Row]) -> pl.DataFrame:
-    return pl.DataFrame(list(rows), schema=SCHEMA, orient="row")
+    import polars as pl
+
+    return pl.DataFrame(list(rows), schema=schema(), orient="row")
 
 
 def write_table(rows: Sequence[Row], path: Path) -> None:
@@ -142,6 +154,8 @@ def write_table(rows: Sequence[Row], path: Path) -> None:
 def is_ours(path: Path) -> bool:
     """Whether a Parquet file is such a table, of this version, and not another tool's. Raises ShardError if
     unreadable."""
+    import polars as pl
+
     try:
         version = pl.read_parquet_metadata(path).get(_VERSION_KEY)
     except (OSError, pl.exceptions.PolarsError) as error:
@@ -159,7 +173,16 @@ def read_table(tar: Path) -> pl.DataFrame | None:
     path = table_path(tar)
     if not path.exists() or not is_ours(path):
         return None
-    return pl.read_parquet(path)
+    return _read(path)
+
+
+def _read(path: Path) -> pl.DataFrame:
+    import polars as pl
+
+    try:
+        return pl.read_parquet(path)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise ShardError(f"{path}: no Parquet file that can be read: {error}") from error
 
 
 def foreign_columns(tar: Path) -> dict[str, Row]:
@@ -171,7 +194,7 @@ def foreign_columns(tar: Path) -> dict[str, Row]:
     path = table_path(tar)
     if not path.exists() or is_ours(path):
         return {}
-    frame = pl.read_parquet(path)
+    frame = _read(path)
     if "key" not in frame.columns:
         return {}
     names = {c: ALIASES.get(c, c) for c in frame.columns if ALIASES.get(c, c) in CARRIED}

@@ -17,8 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import polars as pl
-
 from data_pipelines.build import check_output
 from data_pipelines.errors import DataError, SampleError, ShardError
 from data_pipelines.images import MAX_IMAGE_PIXELS, decode
@@ -282,7 +280,7 @@ def _check_table(tar: Path, samples: Mapping[str, _Found], report: _Report) -> N
     """Keys and image hashes of our own table beside the archive, if there is one."""
     try:
         table = read_table(tar)
-    except (ShardError, pl.exceptions.PolarsError, OSError) as error:
+    except ShardError as error:
         report("table", f"{table_path(tar).name}: {error}")
         return
     if table is None:
@@ -314,7 +312,7 @@ def _write_sound(tar: Path, target: Path, sound: Mapping[str, Mapping[str, bytes
         return 0
     try:
         columns = shard_columns(tar)
-    except (ShardError, pl.exceptions.PolarsError):
+    except ShardError:
         columns = {}  # a table that cannot be read was reported; what it alone knew is lost
     rows: list[Row] = []
     with ShardWriter(target) as writer:

@@ -107,7 +107,9 @@ def test_the_guide_to_objectives(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_guide_to_training(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
     for i in range(100):
         sample = Sample(f"{i:04}", {"png": png(i), "txt": f"thing {i}".encode()})
         write_shard(tmp_path / "shards" / f"{i:05}.tar", [sample])

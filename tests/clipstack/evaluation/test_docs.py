@@ -13,6 +13,7 @@ from tests.docs.pages import run_page
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_commands_of_the_guide(
     model_folders: dict[str, Path], benchmark_folder: Path, tmp_path: Path
 ) -> None:
