@@ -514,7 +514,11 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except FileNotFoundError:
-        raise CheckpointError(f"{file}: missing; only safetensors weights are read") from None
+        # safetensors says so, too, of a file that it may not read.
+        problem = (
+            "may not be read by this user" if file.exists() else "missing; only safetensors weights are read"
+        )
+        raise CheckpointError(f"{file}: {problem}") from None
     except SafetensorError as error:
         raise CheckpointError(f"{file}: damaged ({error}); export the model again") from error
 

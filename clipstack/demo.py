@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -41,11 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     run_dir: Path = args.dir
     data = run_dir.with_name(run_dir.name + "-data")
+    first_dir = run_dir.with_name(run_dir.name + "-first")
+    shards = [f"data.train={data}/train-*.tar", f"data.val={data}/val-*.tar"]
+    first, first_overrides = shipped_recipe("demo-first"), [f"run.dir={first_dir}", *shards, *args.overrides]
     config = shipped_recipe("demo")
-    overrides = [
-        f"run.dir={run_dir}", f"data.train={data}/train-*.tar", f"data.val={data}/val-*.tar", *args.overrides,
-    ]  # fmt: skip
-    recipe = load_recipe(config, overrides)
+    overrides = [f"run.dir={run_dir}", f"model.pretrained={first_dir / 'export'}", *shards, *args.overrides]
+    lessons = (load_recipe(first, first_overrides), load_recipe(config, overrides))
 
     _say(1, f"Drawing {args.train_samples:,} pictures of coloured shapes with captions into {data}")
     _say(0, "Six pairs of colour and shape are kept out of training altogether: the test shows only those.")
@@ -55,12 +57,16 @@ def run(args: argparse.Namespace) -> int:
         2,
         f"Training a ViT and a text transformer from scratch: DeepSpeed, {args.ranks} processes, this CPU",
     )
+    _say(0, "Some minutes. Interrupt it whenever you like: the same command goes on from there.")
+    started = time.monotonic()
     _say(
         0,
-        f"{recipe.train.steps:,} steps of {recipe.train.batch_size} pairs: some minutes. "
-        "Interrupt it whenever you like: the same command goes on from there.",
+        f"First lesson, {lessons[0].train.steps:,} steps: of two things, what stands where, by colour alone.",
     )
-    started = time.monotonic()
+    code = _train(first, first_overrides, args.ranks)
+    if code != 0:
+        return code
+    _say(0, f"Second lesson, {lessons[1].train.steps:,} steps: whole captions.")
     code = _train(config, overrides, args.ranks)
     if code != 0:
         return code
@@ -71,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
     examined = examine(run_dir / "export", data)
     print(as_table(examined.scores))
-    page = write_page(run_dir / "report.html", run_dir, examined, recipe, minutes=minutes)
+    page = write_page(run_dir / "report.html", run_dir, examined, lessons, minutes=minutes)
 
     _say(4, f"Done. Open {page} to see what it learned, as pictures and curves.")
     print(_next_steps(run_dir, data))
@@ -113,19 +119,21 @@ def _train(config: Path, overrides: Sequence[str], ranks: int) -> int:
     quiet = (
         {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
     )  # the launcher warns where it finds no GPU
-    return subprocess.call(
-        [
-            str(launcher),
-            "--quiet",
-            "--num_accelerators",
-            str(ranks),
-            str(script),
-            "--config",
-            str(config),
-            *overrides,
-        ],
-        env={"OMP_NUM_THREADS": str(threads), **quiet, **os.environ},
-    )
+    command = [
+        str(launcher), "--quiet", "--num_accelerators", str(ranks), str(script), "--config", str(config),
+        *overrides,
+    ]  # fmt: skip
+    process = subprocess.Popen(command, env={"OMP_NUM_THREADS": str(threads), **quiet, **os.environ})
+    # Training saves and stops at either signal; a terminal's Ctrl-C reaches it by itself.
+    before = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
+    }
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def examine(model_folder: Path, data: Path) -> Examined:

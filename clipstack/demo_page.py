@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -54,8 +54,10 @@ class Examined:
     examples: list[Example]
 
 
-def write_page(path: Path, run_dir: Path, examined: Examined, recipe: Recipe, *, minutes: float) -> Path:
-    """Returns `path`."""
+def write_page(
+    path: Path, run_dir: Path, examined: Examined, lessons: Sequence[Recipe], *, minutes: float
+) -> Path:
+    """`lessons`: the recipes of the trainings, in order; `run_dir` is the last one's. Returns `path`."""
     metrics = [line for line in read_lines(run_dir / METRICS_FILE) if "event" not in line]
     charts = [
         line_chart("Loss", {"loss": [(m["step"], m["loss"]) for m in metrics]}),
@@ -68,7 +70,7 @@ def write_page(path: Path, run_dir: Path, examined: Examined, recipe: Recipe, *,
     rows = "".join(_row(name, score) for name, score in examined.scores.items())
     body = [
         "<h1>A CLIP model, trained here just now</h1>",
-        f'<p class="soft">{_what_was_done(recipe, minutes)}</p>',
+        f'<p class="soft">{_what_was_done(lessons, minutes)}</p>',
         "<h2>What it knows</h2>",
         "<p>Every question is about pictures whose colour and shape never met in training, in images or "
         "captions. The mark in each bar is what guessing would reach.</p>",
@@ -78,6 +80,7 @@ def write_page(path: Path, run_dir: Path, examined: Examined, recipe: Recipe, *,
         f"<p>Each picture below searches all {examined.num_captions:,} captions of the test set.</p>",
         f'<div class="grid">{"".join(map(_example, examined.examples))}</div>',
         "<h2>How it learned</h2>",
+        "<p>The second lesson. The first one, on what stands where, came before it.</p>",
         f'<div class="grid wide">{"".join(charts)}</div>',
         "<h2>What to try next</h2>",
         f"<p>Serve it: <code>clipstack serve --model {escape(str(run_dir))}</code>. "
@@ -88,13 +91,14 @@ def write_page(path: Path, run_dir: Path, examined: Examined, recipe: Recipe, *,
     return path
 
 
-def _what_was_done(recipe: Recipe, minutes: float) -> str:
-    samples = recipe.train.steps * recipe.train.batch_size
+def _what_was_done(lessons: Sequence[Recipe], minutes: float) -> str:
+    samples = sum(recipe.train.steps * recipe.train.batch_size for recipe in lessons)
+    steps = " and ".join(f"{recipe.train.steps:,}" for recipe in lessons)
     took = f" in {minutes:.1f} minutes" if minutes > 0.1 else ""
     return (
         f"A vision transformer and a text transformer, from random weights, on {samples:,} drawn pictures "
-        f"with captions{took}: {recipe.train.steps:,} steps of {recipe.train.batch_size}, "
-        f"objective {recipe.objective.name}."
+        f"with captions{took}: lessons of {steps} steps of {lessons[-1].train.batch_size}, "
+        f"objective {lessons[-1].objective.name}."
     )
 
 

@@ -34,16 +34,14 @@ IMAGE_SIZE = 60  # pixels, square
 # Things are bright and backgrounds dark, so that a thing's outline looks alike in every colour.
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (240, 65, 65),
-    "orange": (252, 150, 45),
     "yellow": (250, 228, 80),
     "green": (75, 205, 90),
-    "cyan": (70, 215, 228),
     "blue": (80, 125, 255),
     "purple": (190, 95, 248),
     "white": (246, 246, 246),
 }
-SHAPES = ("circle", "square", "triangle", "cross", "ring", "star", "bar", "moon")
-SIZES: dict[str, float] = {"small": 9.0, "large": 13.5}  # diameter in pixels
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
+SIZES: dict[str, float] = {"small": 7.5, "large": 14.0}  # diameter in pixels
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "black": (14, 14, 16),
     "navy": (18, 24, 84),
@@ -78,7 +76,7 @@ INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "belo
 OUTWARD_PX = 2  # things outside the middle stand this far from their cell's centre, towards the edge
 JITTER_PX = 1  # and then up to this far from there, along each axis
 
-# No colour and no shape twice: each of them is trained in at least seven other pairs.
+# No colour and no shape twice: each of them is trained in five other pairs.
 HELD_OUT: tuple[tuple[str, str], ...] = (
     ("red", "star"),
     ("yellow", "ring"),
@@ -100,8 +98,6 @@ SYNONYMS: dict[str, tuple[str, ...]] = {  # the canonical word first; it is draw
     "cross": ("cross", "plus"),
     "ring": ("ring", "hoop"),
     "star": ("star",),
-    "bar": ("bar",),
-    "moon": ("moon", "crescent"),
     "shape": ("shape", "object", "thing"),
     "left of": ("left of", "to the left of"),
     "right of": ("right of", "to the right of"),
@@ -110,7 +106,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {  # the canonical word first; it is draw
 }
 
 CAPTIONS_PER_IMAGE = 12
-SINGLE_SHARE = 0.5  # of the training scenes; single objects teach shape and place before relations need them
+SINGLE_SHARE = 0.4  # of the training scenes; single objects teach shape, size and place
 SAMPLES_PER_SHARD = 2500
 
 
@@ -245,15 +241,6 @@ def _paint_star(draw: ImageDraw.ImageDraw, c: float, r: float) -> None:
     )
 
 
-def _paint_bar(draw: ImageDraw.ImageDraw, c: float, r: float) -> None:
-    draw.rectangle((c - r, c - 0.32 * r, c + r, c + 0.32 * r), fill=255)
-
-
-def _paint_moon(draw: ImageDraw.ImageDraw, c: float, r: float) -> None:
-    draw.ellipse((c - r, c - r, c + r, c + r), fill=255)
-    draw.ellipse((c - 0.3 * r, c - 0.9 * r, c + 1.5 * r, c + 0.9 * r), fill=0)
-
-
 _PAINTERS: dict[str, Callable[[ImageDraw.ImageDraw, float, float], None]] = {
     "circle": _paint_circle,
     "square": _paint_square,
@@ -261,8 +248,6 @@ _PAINTERS: dict[str, Callable[[ImageDraw.ImageDraw, float, float], None]] = {
     "cross": _paint_cross,
     "ring": _paint_ring,
     "star": _paint_star,
-    "bar": _paint_bar,
-    "moon": _paint_moon,
 }
 
 
@@ -289,22 +274,24 @@ def _tint(colour: tuple[int, int, int], rng: random.Random, spread: int) -> NDAr
 # ---------------------------------------------------------------------------------------------- captions
 
 # Which attributes a caption names of a thing, with weights. Whatever the rest of a caption settles is not
-# learned: only captions without colour teach shape, and only those that name little teach place and relation.
-_FULL: tuple[tuple[float, tuple[str, ...]], ...] = (
-    (0.30, ("size", "colour", "shape")),
-    (0.15, ("colour", "shape")),
-    (0.15, ("size", "colour")),
-    (0.10, ("size", "shape")),
-    (0.15, ("colour",)),
-    (0.15, ("shape",)),
-)
-_SPARSE: tuple[tuple[float, tuple[str, ...]], ...] = (
-    (0.35, ("colour",)),
-    (0.35, ("shape",)),
+# learned: only captions without colour teach shape.
+_Choices = tuple[tuple[float, tuple[str, ...]], ...]
+_MIXED: _Choices = (
+    (0.35, ("size", "colour", "shape")),
     (0.10, ("colour", "shape")),
-    (0.10, ("size", "colour")),
-    (0.10, ("size", "shape")),
+    (0.15, ("size", "colour")),
+    (0.20, ("size", "shape")),
+    (0.10, ("colour",)),
+    (0.10, ("shape",)),
 )
+_COLOUR_ALONE: _Choices = ((1.0, ("colour",)),)
+_SHAPE_ALONE: _Choices = ((1.0, ("shape",)),)
+# Of the captions of two things. Colours alone: several scenes of a batch show the same two, and only what
+# stands where tells them apart.
+COLOURS_ALONE_SHARE = 0.2
+SHAPES_ALONE_SHARE = 0.25
+BACKGROUND_SHARE = 0.3  # of the captions; of those of the first lesson less, since it gives the scene away
+FIRST_BACKGROUND_SHARE = 0.1
 
 
 def _word(word: str, rng: random.Random) -> str:
@@ -312,9 +299,7 @@ def _word(word: str, rng: random.Random) -> str:
     return options[0] if rng.random() < 0.5 else _pick(rng, options)
 
 
-def _thing_phrase(
-    thing: Thing, rng: random.Random, choices: tuple[tuple[float, tuple[str, ...]], ...] = _FULL
-) -> str:
+def _thing_phrase(thing: Thing, rng: random.Random, choices: _Choices = _MIXED) -> str:
     draw = rng.random()
     sums = accumulate(weight for weight, _ in choices)
     named = next((names for reached, (_, names) in zip(sums, choices, strict=True) if draw < reached), ())
@@ -344,11 +329,33 @@ def full_caption(scene: Scene) -> str:
 
 def caption(scene: Scene, rng: random.Random) -> str:
     """One rendering of what is seen: synonyms, attributes left out, things in either order."""
-    body = _single_body(scene.things[0], rng) if len(scene.things) == 1 else _double_body(scene, rng)
     draw = rng.random()
-    if draw < 0.12:
+    choices = (
+        _COLOUR_ALONE
+        if draw < COLOURS_ALONE_SHARE
+        else _SHAPE_ALONE
+        if draw < COLOURS_ALONE_SHARE + SHAPES_ALONE_SHARE
+        else _MIXED
+    )
+    body = _single_body(scene.things[0], rng) if len(scene.things) == 1 else _double_body(scene, choices, rng)
+    return _with_background(body, scene, BACKGROUND_SHARE, rng)
+
+
+def first_caption(scene: Scene, rng: random.Random) -> str:
+    """The same for a first lesson: of two things it names nothing but their colours."""
+    body = (
+        _single_body(scene.things[0], rng)
+        if len(scene.things) == 1
+        else _double_body(scene, _COLOUR_ALONE, rng)
+    )
+    return _with_background(body, scene, FIRST_BACKGROUND_SHARE, rng)
+
+
+def _with_background(body: str, scene: Scene, share: float, rng: random.Random) -> str:
+    draw = rng.random()
+    if draw < share / 2:
         return f"{body} on a {scene.background} background"
-    return f"{body} on {scene.background}" if draw < 0.25 else body
+    return f"{body} on {scene.background}" if draw < share else body
 
 
 def _single_body(thing: Thing, rng: random.Random) -> str:
@@ -359,21 +366,11 @@ def _single_body(thing: Thing, rng: random.Random) -> str:
     return f"{phrase} {PLACE_PHRASES[thing.place]}" if draw < 0.7 else phrase
 
 
-def _double_body(scene: Scene, rng: random.Random) -> str:
+def _double_body(scene: Scene, choices: _Choices, rng: random.Random) -> str:
     told = inverted(scene) if rng.random() < 0.5 else scene
-    first, second = told.things
-    draw = rng.random()
-    if draw < 0.35:
-        return f"{_thing_phrase(first, rng, _SPARSE)} {PLACE_PHRASES[first.place]}"
-    # Sparse on both sides, several scenes of a batch hold the things named: then only the relation tells.
-    choices = _SPARSE if rng.random() < 0.6 else _FULL
-    one, other = _thing_phrase(first, rng, choices), _thing_phrase(second, rng, choices)
-    if draw < 0.4:
-        return f"{one} and {other}"
-    if draw < 0.6:
-        return f"{one} {PLACE_PHRASES[first.place]} and {other} {PLACE_PHRASES[second.place]}"
     assert told.relation is not None  # two things always stand in a relation
-    return f"{one} {_word(told.relation, rng)} {other}"
+    first, second = (_thing_phrase(thing, rng, choices) for thing in told.things)
+    return f"{first} {_word(told.relation, rng)} {second}"
 
 
 def inverted(scene: Scene) -> Scene:
@@ -385,6 +382,11 @@ def inverted(scene: Scene) -> Scene:
 def captions(scene: Scene, rng: random.Random, count: int = CAPTIONS_PER_IMAGE) -> list[str]:
     """`count` renderings of a scene, the canonical one first."""
     return [full_caption(scene), *(caption(scene, rng) for _ in range(count - 1))]
+
+
+def first_captions(scene: Scene, rng: random.Random, count: int = CAPTIONS_PER_IMAGE) -> list[str]:
+    """`count` renderings for a first lesson."""
+    return [first_caption(scene, rng) for _ in range(count)]
 
 
 # ------------------------------------------------------------------------------------------------ probes
@@ -470,6 +472,7 @@ def _sample(split: _Split, index: int) -> Sample:
     wordings = captions(scene, rng)
     attributes = {
         "captions": wordings,
+        "first_captions": first_captions(scene, rng),
         "things": [asdict(thing) for thing in scene.things],
         "background": scene.background,
         "relation": scene.relation,
@@ -498,11 +501,12 @@ def generate(
     num_train: int = 30_000,
     num_test: int = 1_000,
     seed: int = 0,
-    test_seed: int = 1_000_003,
+    test_seed: int = 7_000_003,
 ) -> None:
     """Write the data set into `out_dir`; equal arguments give equal bytes. Raises DataError.
 
-    - `train-*.tar`: one or two things, no held-out pair. KEY.json lists the wordings under "captions".
+    - `train-*.tar`: one or two things, no held-out pair. KEY.json lists the wordings under "captions",
+      and those for a first lesson under "first_captions".
     - `val-*.tar`: single things of trained pairs, new pictures; KEY.cls indexes classnames.txt.
     - `single-*.tar`: single things of held-out pairs, with KEY.cls as well.
     - `test-*.tar`: two things of held-out pairs each, every scene different.
@@ -551,7 +555,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-test", type=int, default=1_000, help="test scenes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of train and val (default: %(default)s)")
     parser.add_argument(
-        "--test-seed", type=int, default=1_000_003, help="seed of the test splits (default: %(default)s)"
+        "--test-seed", type=int, default=7_000_003, help="seed of the test splits (default: %(default)s)"
     )
 
 

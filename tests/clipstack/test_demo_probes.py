@@ -77,7 +77,7 @@ def test_a_model_that_sees_colour_alone_gets_colour_and_no_other_factor(folder: 
     texts = {text: of_text(text) for text in probe_set.texts()}
     images = {key: of_text(label["colour"]) for key, label in probe_set.labels.items()}
     scores = factor_scores(images, texts, probe_set)
-    assert scores["colour"] == Score(1.0, 1 / 8, len(probe_set.labels))
+    assert scores["colour"] == Score(1.0, 1 / len(colours), len(probe_set.labels))
     assert scores["shape"].accuracy == scores["size"].accuracy == scores["colour x shape"].accuracy == 0.0
 
 

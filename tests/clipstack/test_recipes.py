@@ -52,3 +52,10 @@ def test_every_recipe_in_the_folder_is_valid() -> None:
     assert {path.stem for path in found} >= set(RECIPES)
     for path in found:
         load_recipe(path)
+
+
+def test_the_demos_second_lesson_goes_on_with_the_model_of_the_first() -> None:
+    first, second = (load_recipe(CONFIGS / f"{name}.toml") for name in ("demo-first", "demo"))
+    assert second.model.pretrained == str(first.run.dir / "export")
+    assert second.model.model_copy(update={"pretrained": None}) == first.model
+    assert (second.data.train, second.data.val) == (first.data.train, first.data.val)

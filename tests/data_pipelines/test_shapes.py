@@ -52,7 +52,8 @@ def test_no_held_out_pair_is_in_a_training_image_or_caption(folder: Path) -> Non
     drawn, named = set(), set()
     for record in records(folder, "train") + records(folder, "val"):
         drawn |= {(thing["colour"], thing["shape"]) for thing in record["things"]}
-        named |= {pair for caption in record["captions"] for pair in pairs_named(caption)}
+        captions = record["captions"] + record["first_captions"]
+        named |= {pair for caption in captions for pair in pairs_named(caption)}
     assert not drawn & held_out
     assert not named & held_out
     assert (
@@ -193,8 +194,37 @@ def test_classes_and_labels_agree_with_the_pictures(folder: Path) -> None:
             assert labels[key][factor] in classes
 
 
+def test_first_captions_tell_of_two_things_only_their_colours_and_who_stands_where(folder: Path) -> None:
+    known = {
+        *shapes.COLOURS,
+        *shapes.SYNONYMS["shape"],
+        *["a", "an", "to", "the", "left", "right", "of", "above", "over", "below", "under"],
+    }
+    doubles = [record for record in records(folder, "train") if record["relation"]]
+    for record in doubles:
+        first, second = (thing["colour"] for thing in record["things"])
+        for caption in record["first_captions"]:
+            told, _, ground = caption.partition(" on ")
+            words = told.split()
+            assert set(words) <= known and ground in {
+                "",
+                f"a {record['background']} background",
+                record["background"],
+            }
+            colours = [word for word in words if word in shapes.COLOURS]
+            relation = next(
+                name for name in shapes.RELATIONS for said in shapes.SYNONYMS[name] if f" {said} " in told
+            )
+            assert (colours, relation) in (
+                ([first, second], record["relation"]),
+                ([second, first], shapes.INVERSE[record["relation"]]),
+            )
+    assert len(doubles) > 50
+
+
 def test_every_caption_is_short(folder: Path) -> None:
-    longest = max(len(c.split()) for record in records(folder, "train") for c in record["captions"])
+    told = [record[name] for record in records(folder, "train") for name in ("captions", "first_captions")]
+    longest = max(len(caption.split()) for captions in told for caption in captions)
     assert longest + 2 <= 24  # each word is one token of the CLIP tokenizer; start and end are added
 
 
