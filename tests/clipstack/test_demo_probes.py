@@ -50,7 +50,7 @@ def test_an_oracle_of_captions_gets_every_probe_and_every_retrieval(folder: Path
     assert (
         chance["relation"] == 4
         and chance["binding"] == chance["order"] == 2
-        and chance["colour in pair"] == 8
+        and chance["colour in pair"] == len(shapes.COLOURS)
     )
 
 
