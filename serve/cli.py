@@ -87,7 +87,10 @@ def _with_pretrained(models: tuple[ModelSpec, ...], pretrained: str | None) -> t
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal. Returns the exit status; raises ClipstackError for the user's mistakes."""
     if args.hash_token:
-        print(hash_token(sys.stdin.readline().strip()))
+        token = sys.stdin.readline().strip()
+        if not token:
+            raise ConfigError("--hash-token: no token on standard input; write it there, on one line")
+        print(hash_token(token))
         return 0
     settings = settings_of(args, os.environ)
     # GNU OpenMP's threads spin for milliseconds after each parallel region by default, and so take the cores

@@ -164,7 +164,7 @@ async def create_classification(request: Request) -> Response:
 async def _classification(call: Call, asked: schemas.ClassifyRequest) -> Response:
     model, version = call.choose(asked.model)
     with version.lease():
-        question = _question(call.service, asked)
+        question = await _question(call.service, asked)
         items = await call.items(asked.inputs, asked.modality, "inputs")
         done = await classify(
             version,
@@ -183,14 +183,14 @@ async def _classification(call: Call, asked: schemas.ClassifyRequest) -> Respons
     return _reply(model, version, data, done.encoded)
 
 
-def _question(service: Service, asked: schemas.ClassifyRequest) -> Question:
+async def _question(service: Service, asked: schemas.ClassifyRequest) -> Question:
     """Labels and templates of the request or of its label set. Raises ServeError."""
     settings = service.settings
     if (asked.labels is None) == (asked.label_set is None):
         raise ServeError(ErrorCode.INVALID_REQUEST, "give either labels or label_set", param="labels")
     is_registered = asked.label_set is not None and asked.templates is None
     if asked.label_set is not None:
-        known = service.label_sets.get(asked.label_set)
+        known = await _stored(service.label_sets.get, asked.label_set)
         labels, templates = known.labels, known.templates
         if asked.templates is not None:
             templates = parse_templates(

@@ -187,6 +187,13 @@ class Settings(Frozen):
             return json.loads(value)
         return [part.strip() for part in value.split(",") if part.strip()]
 
+    @field_validator("root_path")
+    @classmethod
+    def _absolute(cls, value: str) -> str:
+        if value and (not value.startswith("/") or value.endswith("/")):
+            raise ValueError(f"{value!r} must start with a slash and not end with one, such as /clip")
+        return value
+
     @field_validator("token_hashes", "admin_token_hashes")
     @classmethod
     def _hexadecimal(cls, value: tuple[str, ...]) -> tuple[str, ...]:

@@ -104,11 +104,13 @@ def test_a_model_s_name_vectors_and_label_sets_are_the_same_after_a_restart(
     np.testing.assert_allclose(first, second, atol=1e-4)
 
 
-def command(*arguments: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+def command(
+    *arguments: str, cwd: Path = REPOSITORY, given: str = "sk-secret\n"
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "serve.cli", *arguments],
         cwd=cwd, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
-        timeout=120, check=False, input="sk-secret\n",
+        timeout=120, check=False, input=given,
     )  # fmt: skip
 
 
@@ -141,3 +143,8 @@ def test_mistakes_end_with_one_line(
 
 def test_a_token_is_hashed_for_the_settings() -> None:
     assert command("--hash-token").stdout.strip() == hash_token("sk-secret")
+
+
+def test_no_token_has_no_hash() -> None:
+    done = command("--hash-token", given="\n")
+    assert (done.returncode, done.stdout) == (2, "") and "--hash-token: no token" in done.stderr

@@ -71,6 +71,8 @@ def test_kubernetes_variables_of_a_service_of_our_name_are_no_settings() -> None
         (("--model", "=x"), {}, ("models", "id")),
         (("--model", "a", "--model", "a"), {}, ("models", "id=source")),
         (("--token-hashes", "secret"), {}, ("token_hashes", "--hash-token")),
+        (("--root-path", "clip"), {}, ("root_path", "'clip'", "/clip")),
+        (("--root-path", "/clip/"), {}, ("root_path", "'/clip/'")),
         (("--pretrained", "x"), {}, ("pretrained", "--model")),
         (("--settings", "/nonexistent.toml"), {}, ("settings", "/nonexistent.toml")),
         ((), {"CORS_ORIGINS": "[1"}, ("cors_origins",)),
