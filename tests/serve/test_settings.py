@@ -78,7 +78,10 @@ def test_kubernetes_variables_of_a_service_of_our_name_are_no_settings() -> None
         ((), {"CORS_ORIGINS": "[1"}, ("cors_origins",)),
     ],
 )  # fmt: skip
-def test_mistakes_name_the_setting_and_the_fix(flags: Any, environ: Any, words: Any) -> None:
+def test_mistakes_name_the_setting_and_the_fix(
+    flags: Any, environ: Any, words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # away from the demo's run, which is a model to serve
     with pytest.raises(ConfigError) as caught:
         parse(*flags, **environ)
     assert "\n" not in str(caught.value)
