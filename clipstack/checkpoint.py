@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -197,18 +197,28 @@ def damage(path: Path) -> str | None:
         return f"{MANIFEST_FILE} is missing"
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         return f"{MANIFEST_FILE} cannot be read ({error})"
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), list):
+        return f"{MANIFEST_FILE} is no manifest"
     if manifest.get("format") != FORMAT:
         found = manifest.get("format")
         return f"format {found!r}, and this clipstack reads {FORMAT}; use the version that wrote it"
     for entry in manifest["files"]:
-        file = path / entry["path"]
-        if not file.is_file():
-            return f"{entry['path']} is missing"
-        if file.stat().st_size != entry["size"]:
-            return f"{entry['path']} has {file.stat().st_size} bytes, not {entry['size']}"
-        if sha256_of(file) != entry["sha256"]:
-            return f"{entry['path']} does not match its checksum"
+        problem = _file_damage(path / entry["path"], entry)
+        if problem is not None:
+            return f"{entry['path']} {problem}"
     return None
+
+
+def _file_damage(file: Path, entry: Mapping[str, Any]) -> str | None:
+    if not file.is_file():
+        return "is missing"
+    try:
+        size = file.stat().st_size
+        if size != entry["size"]:
+            return f"has {size} bytes, not {entry['size']}"
+        return None if sha256_of(file) == entry["sha256"] else "does not match its checksum"
+    except OSError as error:
+        return f"cannot be read ({error})"
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -239,16 +249,16 @@ def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def prune(
-    folder: Path, *, keep_last: int, keep_every_steps: int | None = None, keep: Path | None = None
+    folder: Path, *, keep_last: int, keep_every_steps: int | None = None, keep: Collection[Path] = ()
 ) -> None:
     """Remove all but the newest `keep_last` checkpoints, those at multiples of `keep_every_steps`,
-    and `keep`.
+    and those in `keep`.
 
     Raises CheckpointError.
     """
     for path in checkpoints(folder)[:-keep_last]:
         step = int(path.name.removeprefix("step-"))
-        if path != keep and not (keep_every_steps and step % keep_every_steps == 0):
+        if path not in keep and not (keep_every_steps and step % keep_every_steps == 0):
             _remove(path)
 
 
@@ -261,6 +271,22 @@ def drop_later(folder: Path, step: int) -> None:
     for path in reversed(checkpoints(folder)):
         if path.name > checkpoint_name(step):
             _remove(path)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what saves that were killed have left; no other save may be under way."""
+    for left in folder.glob(".step-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def exported_step(export: Path) -> int | None:
+    """The step whose weights an export holds; None where there is no whole one."""
+    record = export / RECORD_FILE
+    try:
+        step: int | None = _read_json(record).get("step") if record.is_file() else None
+    except CheckpointError:  # damaged: it is written again
+        return None
+    return step
 
 
 def _remove(path: Path) -> None:

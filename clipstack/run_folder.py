@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipstack.checkpoint import CONFIG_FILE, RECIPE_FILE, Snapshot, checkpoints, load_snapshot, newest_sound
+from clipstack.checkpoint import (
+    RECIPE_FILE,
+    Snapshot,
+    checkpoints,
+    exported_step,
+    load_snapshot,
+    newest_sound,
+)
 from clipstack.config import Recipe, parse_recipe, to_toml
 from clipstack.engine import Precision, faster_precision
 from clipstack.errors import CheckpointError, ConfigError
@@ -21,6 +28,8 @@ FIXED_KEYS = (
     "data.quantum", "data.augment", "train.batch_size", "train.precision", "train.ema_decay",
 )  # fmt: skip
 """What a run is: changing one of these on resume would make it another run."""
+FREE_KEYS = ("model.grad_checkpointing", "model.compile", "model.pretrained")
+"""How it is computed, or what a resumed run does not read."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,8 @@ def prepare(recipe: Recipe, *, fresh: bool, dry_run: bool = False) -> Plan:
                 f"{left[-1] / RECIPE_FILE} there, or choose another folder"
             )
         return Plan(recipe, 0, False, None, ())
-    if fresh:
+    begun = bool(checkpoints(run_dir / "checkpoints"))  # else there is nothing yet that could be mixed
+    if fresh and begun:
         raise ConfigError(
             f"run.dir = {str(run_dir)!r}: --fresh, but a run lies there already; choose another folder or "
             "remove it"
@@ -85,7 +95,7 @@ def prepare(recipe: Recipe, *, fresh: bool, dry_run: bool = False) -> Plan:
     recipe = _keep_precision(recipe, before)
     changes = list(differences(before, recipe))
     for key, old, new in changes:
-        if key.startswith(FIXED_KEYS):
+        if begun and key.startswith(FIXED_KEYS) and key not in FREE_KEYS:
             raise ConfigError(
                 f"{key} = {new!r}: the run in {run_dir} has {old!r}; put it back, or train into another "
                 "run.dir"
@@ -100,7 +110,7 @@ def prepare(recipe: Recipe, *, fresh: bool, dry_run: bool = False) -> Plan:
             )
         return Plan(recipe, 0, False, None, tuple(messages))
     step = int(newest.name.removeprefix("step-"))
-    is_finished = step >= recipe.train.steps and (run_dir / "export" / CONFIG_FILE).is_file()
+    is_finished = step >= recipe.train.steps and exported_step(run_dir / "export") == step
     return Plan(recipe, step, is_finished, newest, (*messages, f"resuming {run_dir} at step {step}"))
 
 

@@ -8,11 +8,22 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
-from clipstack.checkpoint import Snapshot, checkpoint_name, drop_later, prune, save_snapshot
+from clipstack.checkpoint import (
+    Snapshot,
+    checkpoint_name,
+    drop_later,
+    prune,
+    read_progress,
+    remove_unfinished,
+    save_snapshot,
+    sound_checkpoints,
+)
 from clipstack.config import CheckpointConfig
 from clipstack.errors import CheckpointError
+from clipstack.guard import is_good
 from clipstack.reporting import Reporter
 from clipstack.world import World
 
@@ -74,10 +85,20 @@ class Saver:
             # A checkpoint must not claim steps that the log will never show.
             raise CheckpointError(f"step {snapshot.step}: not saved, since {log_problem}")
         drop_later(self._folder, snapshot.step)
+        remove_unfinished(self._folder)
         save_snapshot(self._folder, snapshot)
+        keep = [] if best_step is None else [self._folder / checkpoint_name(best_step)]
+        guard = snapshot.progress.get("guard")
+        if guard is not None and not is_good(guard):
+            keep += self._newest_good()
         prune(
             self._folder,
             keep_last=self._config.keep_last,
             keep_every_steps=self._config.keep_every_steps,
-            keep=None if best_step is None else self._folder / checkpoint_name(best_step),
+            keep=keep,
         )
+
+    def _newest_good(self) -> list[Path]:
+        """What a roll-back would go back to: at most one."""
+        good = (p for p in sound_checkpoints(self._folder) if is_good(read_progress(p)["guard"]))
+        return list(islice(good, 1))

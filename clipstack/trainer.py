@@ -143,6 +143,8 @@ class Progress:
     """Position in the order of the data."""
     best: float | None = None
     best_step: int | None = None
+    best_metric: str | None = None
+    """What `best` is a value of."""
     skipped_windows: list[tuple[int, int]] = field(default_factory=list)
     """Positions [low, high) that roll-backs leave out."""
 
@@ -433,6 +435,9 @@ def note_best(progress: Progress, values: Mapping[str, Any], metric: str | None)
         raise ConfigError(
             f"eval.best_metric = {metric!r}: validation gives {', '.join(sorted(values))}; name one of these"
         )
+    if metric != progress.best_metric:  # another question than before: nothing is best yet
+        progress.best = progress.best_step = None
+        progress.best_metric = metric
     value = float(values[metric])
     if not math.isfinite(value):
         return

@@ -6,15 +6,18 @@ import json
 import math
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from clipstack.checkpoint import MANIFEST_FILE, Snapshot, checkpoint_name, newest_sound
-from clipstack.config import CheckpointConfig, load_recipe
+from clipstack.config import CheckpointConfig, GuardConfig, load_recipe, to_toml
 from clipstack.engine import deepspeed_config
 from clipstack.errors import CheckpointError, ConfigError
+from clipstack.files import sha256_of
+from clipstack.guard import Guard
 from clipstack.model import ModelRecord
 from clipstack.reporting import Reporter, Silent
 from clipstack.run_folder import prepare
@@ -69,6 +72,83 @@ def test_a_save_removes_checkpoints_of_later_steps_that_would_push_it_out(tmp_pa
     saver.save_for_sure(snapshot(6), best_step=None)
     assert steps_saved(tmp_path) == [6]
     assert newest_sound(folder) == (folder / checkpoint_name(6), [])
+
+
+def test_the_checkpoint_to_roll_back_to_stays_while_steps_are_bad(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    saver = Saver(folder, CheckpointConfig(keep_last=1), World(), Silent())
+    guard = Guard(GuardConfig())
+    for step, bad in ((4, []), (8, []), (12, [9, 10, 11]), (16, [9, 13])):
+        progress = {"guard": {**guard.state(), "bad_steps": bad}}
+        saver.save_for_sure(replace(snapshot(step), progress=progress), best_step=None)
+        assert steps_saved(tmp_path) == ([step] if not bad else [8, step])
+
+
+def test_what_killed_saves_have_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    (folder / ".step-00000003.tmp").mkdir(parents=True)
+    (folder / ".step-00000003.tmp" / "model.safetensors").write_bytes(b"half")
+    Saver(folder, CheckpointConfig(), World(), Silent()).save_for_sure(snapshot(4), best_step=None)
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", checkpoint_name(4)]
+
+
+@pytest.mark.parametrize("manifest", ["[]", "{}", '{"format": 1, "files": 3}'])
+def test_a_manifest_that_is_none_is_damage(tmp_path: Path, manifest: str) -> None:
+    saver = Saver(tmp_path, CheckpointConfig(), World(), Silent())
+    for step in (4, 8):
+        saver.save_for_sure(snapshot(step), best_step=None)
+    (tmp_path / checkpoint_name(8) / MANIFEST_FILE).write_text(manifest)
+    sound, damaged = newest_sound(tmp_path)
+    assert sound == tmp_path / checkpoint_name(4) and len(damaged) == 1
+
+
+def test_a_file_that_cannot_be_read_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = Saver(tmp_path, CheckpointConfig(), World(), Silent())
+    for step in (4, 8):
+        saver.save_for_sure(snapshot(step), best_step=None)
+
+    def failing(file: Path) -> str:
+        if file.parent.name == checkpoint_name(8):
+            raise OSError(5, "Input/output error")
+        return sha256_of(file)
+
+    monkeypatch.setattr("clipstack.checkpoint.sha256_of", failing)
+    sound, damaged = newest_sound(tmp_path)
+    assert sound == tmp_path / checkpoint_name(4) and "Input/output error" in damaged[0]
+
+
+def test_a_run_is_finished_when_its_last_steps_are_exported(tiny_recipe_file: Path, tmp_path: Path) -> None:
+    """Not when an export of fewer steps lies there: a run that was made longer, and killed before it was
+    exported."""
+    recipe = load_recipe(tiny_recipe_file, [f"run.dir={tmp_path}"])
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe))
+    saver = Saver(tmp_path / "checkpoints", CheckpointConfig(), World(), Silent())
+    saver.save_for_sure(snapshot(recipe.train.steps), best_step=None)
+    (tmp_path / "export").mkdir()
+    for step, finished in ((recipe.train.steps - 1, False), (recipe.train.steps, True)):
+        (tmp_path / "export/clipstack.json").write_text(json.dumps({"step": step}))
+        assert prepare(recipe, fresh=False).is_finished is finished
+
+
+def test_before_the_first_checkpoint_a_recipe_may_change(tiny_recipe_file: Path, tmp_path: Path) -> None:
+    before = load_recipe(tiny_recipe_file, [f"run.dir={tmp_path}"])
+    (tmp_path / "recipe.toml").write_text(to_toml(before))
+    after = load_recipe(tiny_recipe_file, [f"run.dir={tmp_path}", "optim.lr=0.5"])
+    assert prepare(after, fresh=True).step == 0
+    saver = Saver(tmp_path / "checkpoints", CheckpointConfig(), World(), Silent())
+    saver.save_for_sure(snapshot(1), best_step=None)
+    with pytest.raises(ConfigError, match=r"optim\.lr = 0\.5"):
+        prepare(after, fresh=False)
+    with pytest.raises(ConfigError, match="--fresh"):
+        prepare(before, fresh=True)
+
+
+def test_another_metric_starts_anew(tmp_path: Path) -> None:
+    progress = Progress(step=2)
+    note_best(progress, {"clip_loss": 2.3}, "clip_loss")
+    progress.step = 4
+    note_best(progress, {"top1": 0.5}, "top1")
+    assert (progress.best, progress.best_step) == (0.5, 4)
 
 
 def test_checkpoints_without_a_recipe_are_no_new_run(tiny_recipe_file: Path, tmp_path: Path) -> None:
