@@ -15,8 +15,11 @@ from typing import cast
 import clipstack.torchvision_compat  # noqa: F401  isort: skip  (has to precede open_clip)
 import torch
 from open_clip.transformer import PatchDropout
+from timm.layers import patch_dropout as timm_patches
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
+
+from clipstack.errors import ConfigError
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MUL_1, _MUL_2 = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
@@ -81,16 +84,16 @@ class KeyedDropPath(nn.Module):
 
 
 class KeyedPatchDropout(nn.Module):
-    """open_clip's PatchDropout (https://arxiv.org/abs/2212.00794): keeps a random share of each image's
-    patches."""
+    """open_clip's and timm's PatchDropout (https://arxiv.org/abs/2212.00794): keeps a random share of each
+    image's patches, and the `first` tokens before them."""
 
-    def __init__(self, prob: float, exclude_first_token: bool, keys: DropoutKeys, salt: int) -> None:
+    def __init__(self, prob: float, first: int, keys: DropoutKeys, salt: int) -> None:
         super().__init__()
-        self.prob, self._first = prob, int(exclude_first_token)
+        self.prob, self._first = prob, first
         self._keys, self._salt = keys, salt
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, tokens, width) -> (B, kept, width); the class token, where there is one, stays first."""
+        """(B, tokens, width) -> (B, kept, width)"""
         if not self.training or self.prob == 0:
             return x
         patches = x[:, self._first :]
@@ -101,7 +104,7 @@ class KeyedPatchDropout(nn.Module):
 
 
 def key_dropouts(model: nn.Module) -> DropoutKeys:
-    """Put keyed modules in the place of a model's dropouts; returns the keys they read."""
+    """Put keyed modules in the place of a model's dropouts; returns their keys. Raises ConfigError."""
     keys = DropoutKeys()
     salt = 0
     for parent in list(model.modules()):
@@ -120,6 +123,13 @@ def _keyed(module: nn.Module, keys: DropoutKeys, salt: int) -> nn.Module | None:
     if type(module) is DropPath:
         return KeyedDropPath(module.drop_prob, module.scale_by_keep, keys, salt)
     if type(module) is PatchDropout:
-        prob, first = cast(float, module.prob), cast(bool, module.exclude_first_token)
+        prob, first = cast(float, module.prob), int(cast(bool, module.exclude_first_token))
         return KeyedPatchDropout(prob, first, keys, salt)
+    if type(module) is timm_patches.PatchDropout:
+        return KeyedPatchDropout(module.prob, module.num_prefix_tokens, keys, salt)
+    if isinstance(module, timm_patches.PatchDropoutWithIndices) and module.prob > 0:
+        raise ConfigError(
+            f"model.vision_cfg.patch_dropout = {module.prob}: in this tower its draws would depend on how a "
+            "batch is cut; set it to 0, or choose another tower"
+        )
     return None

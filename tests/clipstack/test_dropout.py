@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import clipstack.torchvision_compat  # noqa: F401  isort: skip  (has to precede timm and open_clip)
+import pytest
 import torch
 from open_clip.transformer import PatchDropout
+from timm.layers import patch_dropout as timm_patches
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from clipstack.dropout import DropoutKeys, KeyedPatchDropout, key_dropouts, row_keys
+from clipstack.errors import ConfigError
 
 
 def keyed(*modules: nn.Module) -> tuple[nn.Sequential, DropoutKeys]:
@@ -35,15 +38,22 @@ def test_shares_and_means_are_those_of_the_modules_replaced() -> None:
     assert abs(float(out.max()) - 1 / 0.75) < 1e-6
 
 
-def test_patch_dropout_keeps_the_class_token_and_each_patch_equally_often() -> None:
+@pytest.mark.parametrize("module", [PatchDropout(0.5), timm_patches.PatchDropout(0.5, num_prefix_tokens=1)])
+def test_patch_dropout_keeps_the_class_token_and_each_patch_equally_often(module: nn.Module) -> None:
     places = torch.arange(17.0).expand(8000, 17)[..., None]  # (B, tokens, 1): each token is its place
-    model, keys = keyed(PatchDropout(0.5))
+    model, keys = keyed(module)
     assert isinstance(model[0], KeyedPatchDropout)
     out = drawn(model, keys, places, torch.arange(8000))[..., 0].long()  # (B, kept)
     assert out.shape == (8000, 9) and bool((out[:, 0] == 0).all())
     assert all(len(set(row.tolist())) == 9 for row in out[:50]), "no patch twice"
     share = torch.bincount(out[:, 1:].flatten(), minlength=17)[1:] / 8000
     assert float((share - 0.5).abs().max()) < 0.03
+
+
+def test_a_patch_dropout_that_cannot_be_keyed_is_refused_where_it_drops() -> None:
+    keyed(timm_patches.PatchDropoutWithIndices(0.0))
+    with pytest.raises(ConfigError, match=r"model\.vision_cfg\.patch_dropout = 0\.5"):
+        keyed(timm_patches.PatchDropoutWithIndices(0.5))
 
 
 def test_a_batch_cut_in_parts_draws_as_the_whole() -> None:
