@@ -143,6 +143,22 @@ def test_before_the_first_checkpoint_a_recipe_may_change(tiny_recipe_file: Path,
         prepare(before, fresh=True)
 
 
+def test_how_a_model_is_computed_may_change_on_resume_and_what_it_is_may_not(
+    tiny_recipe_file: Path, tmp_path: Path
+) -> None:
+    before = load_recipe(tiny_recipe_file, [f"run.dir={tmp_path}"])
+    (tmp_path / "recipe.toml").write_text(to_toml(before))
+    Saver(tmp_path / "checkpoints", CheckpointConfig(), World(), Silent()).save_for_sure(
+        snapshot(1), best_step=None
+    )
+    free = load_recipe(tiny_recipe_file, [f"run.dir={tmp_path}", "model.grad_checkpointing=true"])
+    plan = prepare(free, fresh=False)
+    assert plan.step == 1 and "changed since the last start: model.grad_checkpointing" in plan.messages[0]
+    fixed = load_recipe(tiny_recipe_file, [f"run.dir={tmp_path}", "model.lock_text=true"])
+    with pytest.raises(ConfigError, match=r"model\.lock_text = True"):
+        prepare(fixed, fresh=False)
+
+
 def test_another_metric_starts_anew(tmp_path: Path) -> None:
     progress = Progress(step=2)
     note_best(progress, {"clip_loss": 2.3}, "clip_loss")
