@@ -92,6 +92,10 @@ class Buildah:
             REPOSITORY,
         )  # fmt: skip
 
+    def root_of(self, image: str) -> Path:
+        """The file system of a new container of this image."""
+        return Path(self("mount", self("from", "--pull-never", image)))
+
     def config(self, image: str) -> dict[str, Any]:
         """What `docker inspect` calls Config."""
         config: dict[str, Any] = json.loads(self("inspect", "--type", "image", image))["Docker"]["config"]
@@ -112,6 +116,16 @@ def buildah() -> Iterator[Buildah]:
             yield tool
         finally:
             tool.clean()
+
+
+def tree_size_bytes(root: Path) -> int:
+    """Of all files, hard links counted once."""
+    sizes = {}
+    for folder, _, names in os.walk(root):
+        for name in names:
+            status = os.lstat(os.path.join(folder, name))
+            sizes[status.st_ino] = status.st_size
+    return sum(sizes.values())
 
 
 def host_pip_config() -> str:

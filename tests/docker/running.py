@@ -1,4 +1,4 @@
-"""A built image's server, run as Docker would: its own user, process 1, a read-only root, one volume."""
+"""What a built image starts, run as Docker would: its own user, process 1, a root of its own, volumes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 
@@ -19,26 +20,63 @@ from tests.clipstack.launching import wait_until
 
 USER = 10001
 START_S = 120
-# In a mount namespace of its own: the root becomes read-only, all but /state; /dev holds the usual devices.
-# Then the command becomes process 1, without rights and without a way to get any.
+Access = Literal["rw", "ro"]
+# In a mount namespace of its own: volumes are bound, and the root becomes read-only where that is asked for;
+# /dev holds the usual devices. Then the command becomes process 1, without rights and a way to get any.
 SCRIPT = """
 set -eu
-root=$1 models=$2 state=$3
-shift 3
+root=$1 access=$2
+shift 2
 mount --bind "$root" "$root"
-mount --bind "$models" "$root/models"
-mount -o remount,bind,ro "$root/models"
-mount --bind "$state" "$root/state"
+while [ "$1" != -- ]; do
+    mount --bind "$1" "$root/$2"
+    mount -o "remount,bind,$3" "$root/$2"
+    shift 3
+done
+shift
 mount -t proc proc "$root/proc"
 mount -t tmpfs -o mode=755 tmpfs "$root/dev"
 for name in null zero urandom random; do
     touch "$root/dev/$name"
     mount --bind "/dev/$name" "$root/dev/$name"
 done
+mkdir "$root/dev/shm"
+mount -t tmpfs -o mode=1777 tmpfs "$root/dev/shm"
 mount -o remount,ro "$root/dev"
-mount -o remount,bind,ro "$root"
+mount -o "remount,bind,$access" "$root"
 exec setpriv --no-new-privs chroot --userspec=%d:%d --groups= "$root" "$@"
 """ % (USER, USER)  # noqa: UP031 - the script has braces of its own
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A folder of this machine, and where the image sees it."""
+
+    source: Path
+    target: str
+    access: Access = "rw"
+
+
+def start_inside(
+    root: Path,
+    command: Sequence[str],
+    *,
+    volumes: Sequence[Volume],
+    access: Literal["rw", "ro"],
+    **options: Any,
+) -> subprocess.Popen[str]:
+    """A command as process 1 in the image's file system. access: to the root itself. options: of Popen."""
+    mounts = [word for volume in volumes for word in (str(volume.source), volume.target, volume.access)]
+    return subprocess.Popen(
+        ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", SCRIPT, "sh",
+         str(root), access, *mounts, "--", *command],
+        stdin=subprocess.DEVNULL, text=True, **options,
+    )  # fmt: skip
+
+
+def as_configured(config: dict[str, Any], *environ: str) -> list[str]:
+    """The start of a command line: an image's environment and folder, and more variables (NAME=value)."""
+    return ["/usr/bin/env", "-i", "-C", config["WorkingDir"], *config["Env"], *environ]
 
 
 class ImageServer:
@@ -51,14 +89,14 @@ class ImageServer:
             port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
-        environ = [*config["Env"], f"CLIPSTACK_SERVE_PORT={port}", "OMP_NUM_THREADS=1", "HOME=/state"]
-        self._inside = ["/usr/bin/env", "-i", "-C", config["WorkingDir"], *environ]
+        environ = [f"CLIPSTACK_SERVE_PORT={port}", "OMP_NUM_THREADS=1", "HOME=/state"]
+        self._inside = as_configured(config, *environ)
         self._started_at = time.monotonic()
         with log.open("a") as output:
-            self.process = subprocess.Popen(
-                ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", SCRIPT, "sh",
-                 str(root), str(models), str(state), *self._inside, *config["Entrypoint"], *arguments],
-                stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            self.process = start_inside(
+                root, [*self._inside, *config["Entrypoint"], *arguments],
+                volumes=[Volume(models, "/models", "ro"), Volume(state, "/state")], access="ro",
+                stdout=output, stderr=output,
             )  # fmt: skip
 
     def wait_until_ready(self) -> float:

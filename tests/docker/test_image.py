@@ -17,7 +17,14 @@ import pytest
 from numpy.typing import NDArray
 
 from serve.settings import Settings
-from tests.docker.building import REPOSITORY, Buildah, buildah, host_pip_config, skip_unless_possible
+from tests.docker.building import (
+    REPOSITORY,
+    Buildah,
+    buildah,
+    host_pip_config,
+    skip_unless_possible,
+    tree_size_bytes,
+)
 from tests.docker.running import USER, ImageServer, image_server
 from tests.serve.models import save_model, tiny_model
 from tests.serve.pictures import data_uri, jpeg
@@ -85,18 +92,7 @@ def build(tool: Buildah, folder: Path) -> tuple[Path, dict[str, Any]]:
     pip_config = folder / "pip.conf"
     pip_config.write_text(host_pip_config())
     tool.build(REPOSITORY / "docker/serve.Dockerfile", IMAGE, pip_config=pip_config)
-    container = tool("from", "--pull-never", IMAGE)
-    return Path(tool("mount", container)), tool.config(IMAGE)
-
-
-def tree_size_bytes(root: Path) -> int:
-    """Of all files, hard links counted once."""
-    sizes = {}
-    for folder, _, names in os.walk(root):
-        for name in names:
-            status = os.lstat(os.path.join(folder, name))
-            sizes[status.st_ino] = status.st_size
-    return sum(sizes.values())
+    return tool.root_of(IMAGE), tool.config(IMAGE)
 
 
 def check_contents(root: Path) -> None:
