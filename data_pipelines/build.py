@@ -148,7 +148,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "paths",
         nargs="+",
         metavar="PATH",
-        help="a folder of images, a table (.csv .tsv .jsonl .parquet) or shards",
+        help="a folder of images, a table (.csv .tsv .json .jsonl .parquet) or shards",
     )
     add_output_arguments(parser)
     add_image_arguments(parser, copy=False)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
 )
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 DEFAULT_TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "an image of a {}.")
 CAPTION_NAMES = ("caption", "captions", "text", "TEXT", "title", "alt_text", "description", "sentence")
 IMAGE_NAMES = (
@@ -335,8 +335,23 @@ def _scan(path: Path) -> pl.LazyFrame:
             return pl.scan_csv(path, separator="\t", infer_schema=False)
         case ".parquet":
             return pl.scan_parquet(path)
+        case ".json":
+            return _json_rows(path).lazy()
         case _:
             return pl.scan_ndjson(path, infer_schema_length=None)
+
+
+def _json_rows(path: Path) -> pl.DataFrame:
+    """A list of objects, one for each row. Raises DataError for JSON of another form."""
+    import polars as pl
+
+    text = path.read_bytes()
+    if not text.lstrip().startswith(b"["):
+        raise DataError(
+            f'{path}: not a list; a .json table is [{{"image": "a.jpg", "caption": "..."}}, ...], '
+            "and one object a line belongs into a .jsonl file"
+        )
+    return pl.read_json(text, infer_schema_length=None)
 
 
 def _table_rows(path: Path, columns: Sequence[str]) -> pl.DataFrame:

@@ -113,6 +113,8 @@ def write_table(path: Path, rows: list[dict[str, object]]) -> Path:
             frame.write_csv(path)
         case ".tsv":
             frame.write_csv(path, separator="\t")
+        case ".json":
+            frame.write_json(path)
         case ".jsonl":
             frame.write_ndjson(path)
         case ".parquet":
@@ -120,7 +122,7 @@ def write_table(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
 def test_tables_with_paths_carry_captions_and_rights(tmp_path: Path, suffix: str) -> None:
     image_folder(tmp_path / "images", 5)
     rows: list[dict[str, object]] = [
@@ -272,6 +274,7 @@ def test_output_inside_the_input_is_refused(tmp_path: Path) -> None:
         (["{tmp}/input", "--sise", "3"], "did you mean --size?"),
         (["{tmp}/input", "--remove", "{tmp}/bad.txt"], "line 2"),
         (["{tmp}/input", "--layout", "classes", "--templates", "{tmp}/t.csv"], "has no {}"),
+        (["{tmp}/coco.json"], "not a list"),
         (["{tmp}/empty"], "no images found"),
         (["{tmp}/bare"], "no captions"),
     ],
@@ -287,6 +290,7 @@ def test_mistakes_cost_one_line_and_exit_code_2(
         "thing,words\na,b\n" if message == "--image-column" else "file,words\na,b\n"
     )
     (tmp_path / "bad.txt").write_text("# list\nsha256:zz\n")
+    (tmp_path / "coco.json").write_text('{"images": [], "annotations": []}')
     filled = [a.replace("{tmp}", str(tmp_path)) for a in args]
     assert build(*filled, "-o", tmp_path / "out") == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
