@@ -1,5 +1,5 @@
 """What a model learns: our recipe and its objectives beside open_clip's own trainer, at equal samples and at
-equal time.
+equal time of one core.
 
     python benchmarks/quality.py --open-clip PYTHON --out DIR [--seeds 3] [--jobs 2] [--only ARM...] [--full]
     python benchmarks/quality.py --out DIR --report
@@ -10,8 +10,9 @@ Each finished run is one JSON in DIR, and a run that has one is not repeated: br
 PYTHON is the environment of benchmarks/train.py. Every run has one thread, and a core of its own with
 `--jobs`.
 
-Equal time: an arm gets as many steps as it does in the time that open_clip's run of the same seed took, by
-both runs' own logs; its schedule is stretched to that length.
+Equal time: an arm gets as many steps as it does in the processor time that open_clip's whole run of the same
+seed took; its schedule is stretched to that length. Processor time, since it is wall time on an idle core
+and hardly moves when the machine does other work as well.
 
 With `--data shapes` the arms are ours alone, and every factor of the demo's test is reported.
 """
@@ -170,8 +171,8 @@ def epochs_of(steps: int) -> int:
 
 
 def steps_in_time(own: Mapping[str, Any], peer: Mapping[str, Any]) -> int:
-    """Steps that an arm does in the time that the peer's run took, by its own run at equal samples."""
-    return round(peer["train_s"] / own["train_s"] * own["steps"])
+    """Steps that an arm does in the core-seconds that the peer's run took, by its own run at equal samples."""
+    return round(peer["cpu_s"] / own["cpu_s"] * own["steps"])
 
 
 def plan(args: argparse.Namespace) -> list[list[Task]]:

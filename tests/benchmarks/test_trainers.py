@@ -210,7 +210,7 @@ def test_changing_a_recipe_leaves_the_given_one_as_it_is() -> None:
 
 
 def test_an_arm_twice_as_fast_gets_twice_the_steps() -> None:
-    assert quality.steps_in_time({"train_s": 50.0, "steps": 1560}, {"train_s": 100.0, "steps": 1560}) == 3120
+    assert quality.steps_in_time({"cpu_s": 50.0, "steps": 1560}, {"cpu_s": 100.0, "steps": 1560}) == 3120
 
 
 def test_runs_at_equal_time_come_after_those_at_equal_samples(tmp_path: Path) -> None:
