@@ -4,15 +4,18 @@ itself."""
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from data_pipelines.encode import Format, ImageOptions, Reencode
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, SampleError
 from data_pipelines.inputs import (
+    CAPTION_NAMES,
     DEFAULT_TEMPLATES,
+    IMAGE_NAMES,
     InputOptions,
     Layout,
     collect,
@@ -36,19 +39,21 @@ def add_image_arguments(parser: argparse.ArgumentParser, *, copy: bool) -> None:
     """`copy`: images stay as they are unless one of these is given."""
     defaults = ImageOptions()
     size, reencode = (None, None) if copy else (defaults.size, defaults.reencode)
+    unless_asked = "every image stays as it is" if copy else "%(default)s"
     group = parser.add_argument_group("images")
     group.add_argument(
         "--size",
         type=_size,
         default=size,
         metavar="PIXELS",
-        help="shrink the short side to this, never enlarge; `keep`: any size stays (default: %(default)s)",
+        help="shrink the short side to this, never enlarge; `keep`: any size stays "
+        f"(default: {unless_asked})",
     )
     group.add_argument(
         "--reencode",
         choices=get_args(Reencode),
         default=reencode,
-        help="needed: bytes that nothing has to change stay; never: all do (default: %(default)s)",
+        help=f"needed: bytes that nothing has to change stay; never: all do (default: {unless_asked})",
     )
     group.add_argument(
         "--format",
@@ -165,14 +170,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--classnames", metavar="FILE", help="one per line, in the order of the sorted class folders"
     )
-    group.add_argument("--image-column", metavar="NAME")
-    group.add_argument("--caption-column", metavar="NAME")
-    group.add_argument("--label-column", metavar="NAME")
+    group.add_argument(
+        "--image-column", metavar="NAME", help=f"of a table (default: the first of {', '.join(IMAGE_NAMES)})"
+    )
+    group.add_argument(
+        "--caption-column",
+        metavar="NAME",
+        help=f"of a table (default: the first of {', '.join(CAPTION_NAMES)})",
+    )
+    group.add_argument(
+        "--label-column", metavar="NAME", help="of a table: whole numbers, classes for zero-shot evaluation"
+    )
     group.add_argument(
         "--image-root", metavar="DIR", help="what paths in a table start from (default: the table's folder)"
     )
     group.add_argument(
-        "--image-encoding", choices=("path", "base64"), default="path", help="of a table's text column"
+        "--image-encoding",
+        choices=("path", "base64"),
+        default="path",
+        help="what a table's text column of images holds (default: %(default)s)",
     )
     rights = parser.add_argument_group("rights, for samples that bring none")
     for name in RIGHTS_COLUMNS[:3]:
@@ -203,6 +219,9 @@ def run(args: argparse.Namespace) -> int:
     print(inputs.described, file=sys.stderr)
     report = run_jobs(plan_jobs(inputs.items, options), out, options, inputs=inputs, processes=args.processes)
     print_report(report, out)
+    if report.samples == 0 and report.rejected:
+        first = json.loads((out / REJECTS).read_text(encoding="utf-8").partition("\n")[0])
+        raise SampleError(f"nothing could be used; the first, {first['origin']}: {first['reason']}")
     return 0 if report.samples else 1
 
 

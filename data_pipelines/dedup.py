@@ -214,7 +214,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--by",
         action="append",
         choices=get_args(By),
-        help="exact: image bytes (default); perceptual: how it looks; text: the caption; may come again",
+        help="exact: image bytes (default); perceptual: how it looks; text: the caption; repeatable",
     )
     parser.add_argument(
         "--max-bits",

@@ -119,7 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SQL",
-        help="a condition that samples must meet, as in 'caption_words > 2 and width > 99'; may come again; "
+        help="a condition that samples must meet, as in 'caption_words > 2 and width > 99'; repeatable; "
         f"columns: {', '.join(name for name in FRAME_SCHEMA if name != 'place')}",
     )
     parser.add_argument("--preset", choices=sorted(PRESETS), help="a known set of rules")

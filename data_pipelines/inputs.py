@@ -375,7 +375,18 @@ def _pick(
     for name in usual:
         if name in schema:
             return name
-    raise DataError(f"{path}: which of its columns {', '.join(schema)} is meant? Say {option} NAME")
+    columns, hint = ", ".join(schema), _separator_hint(schema)
+    raise DataError(f"{path}: which of its columns {columns} is meant? Say {option} NAME{hint}")
+
+
+def _separator_hint(schema: Mapping[str, pl.DataType]) -> str:
+    """For a table of one column whose name is a whole line of another format."""
+    (name, *others) = schema
+    if others or not (";" in name or "\t" in name):
+        return ""
+    return (
+        "; commas separate the columns of a .csv, tabs those of a .tsv, and this file seems to have neither"
+    )
 
 
 def _is_bytes(dtype: pl.DataType) -> bool:

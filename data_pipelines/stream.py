@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import sys
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -490,32 +491,49 @@ class BadRate:
 
 
 class Quarantine:
-    """quarantine.jsonl: each bad sample once, whatever the ranks, epochs and restarts that meet it."""
+    """quarantine.jsonl: each bad sample once, whatever the ranks, epochs and restarts that meet it.
+
+    Lines that the disk refuses are shown on stderr and wait in memory: a full disk is no reason to stop
+    training, and nothing is lost unseen.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._seen: set[tuple[str, str | None, str]] = set()
         self._read_to = 0
+        self._pending: dict[tuple[str, str | None, str], BadSample] = {}
 
     def add(self, samples: Iterable[BadSample]) -> None:
-        """Append those that are not there yet. Safe for several processes. Raises DataError."""
-        new = [sample for sample in samples if _identity(sample) not in self._seen]
-        if not new or self._path is None:
+        """Append those that are not there yet. Safe for several processes."""
+        if self._path is None:
             return
+        new = {
+            _identity(sample): sample
+            for sample in samples
+            if _identity(sample) not in self._seen and _identity(sample) not in self._pending
+        }
+        self._pending |= new
+        if new:
+            error = self.write_pending()
+            if error is not None:
+                _show_unwritten(self._path, error, new.values())
+
+    def write_pending(self) -> OSError | None:
+        """Write the lines that wait; why they have to wait on, or None."""
+        if self._path is None or not self._pending:
+            return None
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a+b") as file:
+            with self._path.open("a+b", buffering=0) as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 self._catch_up(file.fileno())
-                lines = [_line(sample) for sample in new if not self._known(sample)]
-                file.write(b"".join(lines))
+                lines = [_line(bad) for name, bad in self._pending.items() if name not in self._seen]
+                _append_whole(file.fileno(), b"".join(lines))
         except OSError as error:
-            raise DataError(f"{self._path}: cannot be written: {error.strerror}") from error
-
-    def _known(self, sample: BadSample) -> bool:
-        known = _identity(sample) in self._seen
-        self._seen.add(_identity(sample))
-        return known
+            return error
+        self._seen |= self._pending.keys()
+        self._pending.clear()
+        return None
 
     def _catch_up(self, fd: int) -> None:
         """Learn what other processes, or a run before this one, have written."""
@@ -529,6 +547,23 @@ class Quarantine:
             self._seen.add(
                 (record["shard"], record["key"], record["reason"] if record["key"] is None else "")
             )
+
+
+def _append_whole(fd: int, data: bytes) -> None:
+    """Append all of `data`, or nothing. Raises OSError."""
+    size = os.fstat(fd).st_size
+    try:
+        while data:
+            data = data[os.write(fd, data) :]
+    except OSError:
+        os.ftruncate(fd, size)
+        raise
+
+
+def _show_unwritten(path: Path, error: OSError, samples: Iterable[BadSample]) -> None:
+    print(f"{path}: cannot be written ({error.strerror}); these lines wait until it can:", file=sys.stderr)
+    for sample in samples:
+        print(_line(sample).decode().rstrip(), file=sys.stderr, flush=True)
 
 
 def _identity(sample: BadSample) -> tuple[str, str | None, str]:

@@ -275,6 +275,7 @@ def test_output_inside_the_input_is_refused(tmp_path: Path) -> None:
         (["{tmp}/input", "--remove", "{tmp}/bad.txt"], "line 2"),
         (["{tmp}/input", "--layout", "classes", "--templates", "{tmp}/t.csv"], "has no {}"),
         (["{tmp}/coco.json"], "not a list"),
+        (["{tmp}/excel.csv"], "seems to have neither"),
         (["{tmp}/empty"], "no images found"),
         (["{tmp}/bare"], "no captions"),
     ],
@@ -290,6 +291,7 @@ def test_mistakes_cost_one_line_and_exit_code_2(
         "thing,words\na,b\n" if message == "--image-column" else "file,words\na,b\n"
     )
     (tmp_path / "bad.txt").write_text("# list\nsha256:zz\n")
+    (tmp_path / "excel.csv").write_text("file;caption\na.jpg;b\n")
     (tmp_path / "coco.json").write_text('{"images": [], "annotations": []}')
     filled = [a.replace("{tmp}", str(tmp_path)) for a in args]
     assert build(*filled, "-o", tmp_path / "out") == 2
@@ -297,6 +299,14 @@ def test_mistakes_cost_one_line_and_exit_code_2(
     assert len(lines) == 1
     assert message.replace("{tmp}", str(tmp_path)) in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_where_nothing_can_be_used_the_first_reason_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "t.csv").write_text("file,caption\na.jpg,one\nb.jpg,two\n")
+    assert build(tmp_path / "t.csv", "-o", tmp_path / "out") == 1
+    assert f"t.csv:0: {tmp_path}/a.jpg cannot be read: No such file" in capsys.readouterr().err
 
 
 def test_removal_list_keeps_samples_out_and_logs_each(tmp_path: Path) -> None:
