@@ -385,7 +385,7 @@ def _separator_hint(schema: Mapping[str, pl.DataType]) -> str:
     if others or not (";" in name or "\t" in name):
         return ""
     return (
-        "; commas separate the columns of a .csv, tabs those of a .tsv, and this file seems to have neither"
+        "; commas separate the columns of a .csv, tabs those of a .tsv, this file seems to have neither"
     )
 
 
