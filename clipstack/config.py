@@ -1,7 +1,7 @@
 """Every recipe model, and how a recipe file plus overrides becomes one. Imports no torch.
 
 A recipe is TOML. Overrides are `a.b=value`; the value is read as TOML, and as a plain string where it is not
-TOML.
+TOML; `none` unsets a key.
 """
 
 from __future__ import annotations
@@ -10,13 +10,20 @@ import difflib
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from clipstack.errors import ConfigError
 from clipstack.objective_config import ClipObjective, ObjectiveConfig, describe_objective_error
+
+
+Area = Annotated[float, Field(gt=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Hue = Annotated[float, Field(ge=0, le=0.5)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Frozen(BaseModel):
@@ -77,14 +84,14 @@ class ModelConfig(Frozen):
 class AugmentConfig(Frozen):
     """What training does to an image, each draw keyed by (seed, epoch, sample)."""
 
-    crop_scale: tuple[float, float] = (0.9, 1.0)
+    crop_scale: tuple[Area, Area] = (0.9, 1.0)
     """Share of the image's area that a random crop keeps: least and most."""
-    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    crop_ratio: tuple[Positive, Positive] = (0.75, 1.3333333333333333)
     """Width by height of a random crop: least and most."""
     hflip: bool = False
     """Mirror half of the images. Off by default, since captions may name left and right."""
-    color_jitter: tuple[float, float, float, float] | None = None
-    """Strength of random brightness, contrast, saturation and hue changes; none: off."""
+    color_jitter: tuple[Strength, Strength, Strength, Hue] | None = None
+    """Strength of random brightness, contrast, saturation (>= 0) and hue (0 to 0.5) changes; none: off."""
     color_jitter_prob: float = Field(default=0.8, ge=0, le=1)
     """Share of images that color_jitter changes."""
     gray_prob: float = Field(default=0.0, ge=0, le=1)
@@ -93,6 +100,14 @@ class AugmentConfig(Frozen):
     """Number of RandAugment operations on each image."""
     rand_augment_magnitude: int = Field(default=9, ge=0, le=30)
     """Strength of each RandAugment operation, 0 to 30."""
+
+    @model_validator(mode="after")
+    def _least_before_most(self) -> AugmentConfig:
+        for key in ("crop_scale", "crop_ratio"):
+            least, most = getattr(self, key)
+            if least > most:
+                raise ValueError(f"{key} = [{least:g}, {most:g}]: give the smaller number first")
+        return self
 
 
 class SourceConfig(Frozen):
@@ -163,7 +178,7 @@ class OptimConfig(Frozen):
     """Share of train.steps in which the learning rate rises from zero."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Shape of the learning rate after warm-up."""
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
     """AdamW's decay of the first and second moment."""
     eps: float = Field(default=1e-6, gt=0)
     """AdamW's epsilon."""
@@ -238,6 +253,15 @@ class Recipe(Frozen):
     log: LogConfig = LogConfig()
     guard: GuardConfig = GuardConfig()
 
+    @model_validator(mode="after")
+    def _one_view(self) -> Recipe:
+        if self.objective.image_image is not None:
+            raise ValueError(
+                "objective.image_image: the trainer makes one view of each image; drop it, or use the term in "
+                "Python, with Embeddings.image_view"
+            )
+        return self
+
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, apply `a.b=value` overrides, validate. Raises ConfigError in one line."""
@@ -252,6 +276,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"--config {path}: this is a folder; name a .toml file") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"--config {path}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"--config {path}: not valid TOML: {error}") from error
     for override in overrides:
@@ -276,6 +302,8 @@ def _with_override(table: dict[str, Any], override: str) -> dict[str, Any]:
 
 
 def _parse_value(text: str) -> Any:
+    if text == "none":  # TOML has no word for it
+        return None
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -313,7 +341,7 @@ def _describe_one(detail: ErrorDetails, root: type[BaseModel], prefix: str) -> s
         case "missing":
             return f"{key}: missing; add it to the recipe or give {key}=... on the command line"
         case "value_error":
-            return f"{key}: {detail['msg'].removeprefix('Value error, ')}"
+            return f"{key}: {detail['msg'].removeprefix('Value error, ')}".removeprefix(": ")
         case _:
             return f"{key} = {detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
 

@@ -15,6 +15,8 @@ MEDIAN_OVER = 101
 """Steps whose losses the running median is taken over."""
 MEDIAN_FROM = 20
 """Losses needed before any is called a spike: the first ones say little."""
+SPREADS = 9.0
+"""Median deviations that a rise of one median has at least: about six standard deviations of normal noise."""
 
 
 class Verdict(Enum):
@@ -42,11 +44,11 @@ class Guard:
         rank."""
         if loss is None:
             return self._bad(step, "the loss is not finite")
-        factor, median = self._config.spike_factor, self._median()
-        if factor is not None and median is not None and loss > factor * median:
+        factor = self._config.spike_factor
+        if factor is not None and len(self._losses) >= MEDIAN_FROM and loss > self._highest(factor):
             self.reason = (
-                f"the loss {loss:.4g} of step {step} is more than {factor:g} times its running median "
-                f"{median:.4g}"
+                f"the loss {loss:.4g} of step {step} lies above {self._highest(factor):.4g}, by "
+                f"guard.spike_factor = {factor:g} and its running median {statistics.median(self._losses):.4g}"
             )
             return Verdict.ROLL_BACK
         return Verdict.FINE
@@ -68,8 +70,15 @@ class Guard:
             self.reason += f", {len(self._bad_steps)} in a row"
         return Verdict.ROLL_BACK
 
-    def _median(self) -> float | None:
-        return statistics.median(self._losses) if len(self._losses) >= MEDIAN_FROM else None
+    def _highest(self, factor: float) -> float:
+        """The largest loss that is no spike: `factor` times the running median.
+
+        Objectives such as dcl cross zero, where that would call any loss a spike; so the rise is measured by
+        the usual spread where that is larger than the median.
+        """
+        median = statistics.median(self._losses)
+        deviation = statistics.median(abs(loss - median) for loss in self._losses)
+        return median + (factor - 1) * max(abs(median), SPREADS * deviation)
 
     def count_rollback(self) -> None:
         """Raises DivergenceError where the recipe allows no further one."""

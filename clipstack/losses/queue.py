@@ -71,7 +71,11 @@ class FeatureQueue:
             "text_ids": gather(inputs.col_ids)[:, 1:],
         }
         old = self._kept or {name: tensor[:0] for name, tensor in new.items()}
-        self._kept = {name: torch.cat([old[name], new[name]])[-self._size :].clone() for name in _FIELDS}
+        # What a checkpoint brought lies on the CPU until here.
+        self._kept = {
+            name: torch.cat([old[name].to(new[name].device), new[name]])[-self._size :].clone()
+            for name in _FIELDS
+        }
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self._kept or {})

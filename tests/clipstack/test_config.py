@@ -31,8 +31,10 @@ def test_overrides_set_numbers_tables_and_plain_strings(recipe_file: Path) -> No
             "data.val=/data/val-{0..3}.tar",
             "model=ViT-B-16",
             "data.train=['a.tar', 'b.tar']",
+            "train.ema_decay=none",
         ],
     )
+    assert recipe.train.ema_decay is None
     assert recipe.optim.lr == 1e-4
     assert recipe.objective.name == "hard_negative" and recipe.objective.beta == 0.5
     assert recipe.run.dir == Path("runs/x")
@@ -54,6 +56,13 @@ def test_overrides_set_numbers_tables_and_plain_strings(recipe_file: Path) -> No
         ("train.steps.more=1", r"override train\.steps\.more: steps is 10"),
         ('objective={name="clipp"}', r"objective"),
         ('objective={name="hard_negative", beta=-1}', r"objective.*beta = -1"),
+        ('objective={name="clip", image_image=true}', r"^objective\.image_image: the trainer makes one view"),
+        ("optim.betas=[0.9, 1.0]", r"optim\.betas\.1 = 1\.0: "),
+        ("data.augment.crop_scale=[0.0, 1.0]", r"data\.augment\.crop_scale\.0 = 0\.0: "),
+        ("data.augment.crop_scale=[1.0, 0.9]", r"data\.augment: crop_scale = \[1, 0\.9\]: give the smaller"),
+        ("data.augment.crop_ratio=[-1, 1]", r"data\.augment\.crop_ratio\.0 = -1: "),
+        ("data.augment.color_jitter=[1, 1, 1, 0.6]", r"data\.augment\.color_jitter\.3 = 0\.6: "),
+        ("train.steps=none", r"train\.steps = None: "),
     ],
 )
 def test_wrong_values_are_named_in_one_line(recipe_file: Path, override: str, message: str) -> None:

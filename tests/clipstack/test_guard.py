@@ -38,6 +38,14 @@ def test_a_spike_is_measured_by_the_running_median() -> None:
     assert guard.judge_loss(99, 1.99) is Verdict.FINE
 
 
+@pytest.mark.parametrize("level", [-3.0, 0.0, 0.02])
+def test_a_loss_around_zero_is_no_spike_but_a_leap_is(level: float) -> None:
+    guard = Guard(GuardConfig(spike_factor=2.0))
+    learn(guard, [level + 0.1 * (-1) ** step for step in range(60)])
+    assert guard.judge_loss(61, level + 0.8 * max(0.9, abs(level))) is Verdict.FINE
+    assert guard.judge_loss(61, level + 1.2 * max(0.9, abs(level))) is Verdict.ROLL_BACK
+
+
 def test_off_by_default_a_spike_is_none() -> None:
     guard = Guard(GuardConfig())
     learn(guard, [1.0] * 50)

@@ -120,6 +120,18 @@ def test_fine_tuning_starts_from_an_exported_folder_and_from_a_weights_file(tmp_
         build_model(other, seed=0)
 
 
+def test_weights_trained_by_softmax_go_on_with_a_fresh_bias(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    start = open_clip_weights(build_model(SMALL, seed=5).towers)
+    save_file(start, tmp_path / "weights.safetensors")
+    config = SMALL.model_copy(update={"pretrained": str(tmp_path / "weights.safetensors")})
+    weights = open_clip_weights(build_model(config, seed=0, needs_logit_bias=True).towers)
+    assert weights.pop("logit_bias") == -10.0
+    assert weights.keys() == start.keys()
+    assert all(torch.equal(weights[name], start[name]) for name in start)
+
+
 def test_locked_towers_do_not_train() -> None:
     configs = [SMALL.model_copy(update={key: True}) for key in ("lock_image", "lock_text")]
     image, text = (build_model(config, seed=0) for config in configs)
