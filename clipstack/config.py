@@ -18,7 +18,6 @@ from pydantic_core import ErrorDetails
 from clipstack.errors import ConfigError
 from clipstack.objective_config import ClipObjective, ObjectiveConfig, describe_objective_error
 
-
 Area = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Hue = Annotated[float, Field(ge=0, le=0.5)]
@@ -257,8 +256,8 @@ class Recipe(Frozen):
     def _one_view(self) -> Recipe:
         if self.objective.image_image is not None:
             raise ValueError(
-                "objective.image_image: the trainer makes one view of each image; drop it, or use the term in "
-                "Python, with Embeddings.image_view"
+                "objective.image_image: the trainer makes one view of each image; drop it, or use the term "
+                "in Python, with Embeddings.image_view"
             )
         return self
 

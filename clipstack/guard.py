@@ -47,8 +47,8 @@ class Guard:
         factor = self._config.spike_factor
         if factor is not None and len(self._losses) >= MEDIAN_FROM and loss > self._highest(factor):
             self.reason = (
-                f"the loss {loss:.4g} of step {step} lies above {self._highest(factor):.4g}, by "
-                f"guard.spike_factor = {factor:g} and its running median {statistics.median(self._losses):.4g}"
+                f"the loss {loss:.4g} of step {step} lies above {self._highest(factor):.4g} "
+                f"(guard.spike_factor = {factor:g}, running median {statistics.median(self._losses):.4g})"
             )
             return Verdict.ROLL_BACK
         return Verdict.FINE

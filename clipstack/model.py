@@ -166,7 +166,7 @@ def build_model(
         towers = build_towers(record, init_logit_scale=config.init_logit_scale, init_logit_bias=bias)
     if config.pretrained is not None and load_weights:
         record, weights = _pretrained(config, record)
-        if needs_logit_bias and "logit_bias" not in weights:  # of a model trained by softmax: learned from here
+        if needs_logit_bias and "logit_bias" not in weights:  # trained by softmax: learned from here on
             weights = {**weights, "logit_bias": cast(Tensor, towers.logit_bias).detach()}
         load_open_clip_weights(towers, weights, source=f"model.pretrained = {config.pretrained!r}")
     model = ClipModel(towers, record, max_logit_scale=config.max_logit_scale)
