@@ -4,9 +4,7 @@ came."""
 from __future__ import annotations
 
 import io
-import struct
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_pipelines.errors import SampleError
-from data_pipelines.images import MAX_IMAGE_PIXELS
+from data_pipelines.images import DECODER_ERRORS, MAX_IMAGE_PIXELS
 
 Reencode = Literal["needed", "always", "never"]
 Format = Literal["jpg", "png", "webp"]
@@ -27,19 +25,6 @@ STORABLE: dict[str, Format] = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _EXIF_ORIENTATION = 0x0112
 _METADATA = ("exif", "xmp", "XML:com.adobe.xmp", "icc_profile", "photoshop", "comment", "mp")
 _WHITE = (255, 255, 255)
-_DECODER_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    IndexError,
-    EOFError,
-    OverflowError,
-    ZeroDivisionError,
-    struct.error,
-    zlib.error,
-)
-"""What Pillow's decoders raise on damaged data; they have no common base."""
 
 
 @dataclass(frozen=True)
@@ -211,5 +196,5 @@ def _opened(data: bytes, *, max_pixels: int) -> Iterator[Image.Image]:
         raise SampleError(f"over the limit of pixels: {error}") from error
     except UnidentifiedImageError as error:
         raise SampleError("not an image that can be read") from error
-    except _DECODER_ERRORS as error:
+    except DECODER_ERRORS as error:
         raise SampleError(f"cannot be decoded: {error}") from error

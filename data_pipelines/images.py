@@ -41,7 +41,6 @@ DECODER_ERRORS = (
 """What Pillow's plugins raise on broken files; they have no common base."""
 
 _JPEG = b"\xff\xd8\xff"
-_ORIENTATION = 0x0112
 
 
 class Box(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 
 import imagehash
 import numpy as np
@@ -131,6 +132,16 @@ def test_a_huge_image_is_refused_by_its_header_alone() -> None:
 def test_what_is_no_whole_image_is_rejected_with_the_reason(data: bytes, reason: str) -> None:
     with pytest.raises(SampleError, match=reason):
         prepare_image(data, ImageOptions(reencode="always"))
+
+
+@pytest.mark.parametrize("error", [KeyError("layout"), MemoryError(), struct.error("x"), SyntaxError("x")])
+def test_whatever_a_decoder_raises_is_a_reject(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(SampleError, match="cannot be decoded"):
+        prepare_image(b"anything", ImageOptions())
 
 
 def test_size_and_shape_limits_reject() -> None:
