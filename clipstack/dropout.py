@@ -39,15 +39,25 @@ def row_keys(seed: int, step: int, rows: Tensor) -> Tensor:
 
 @dataclass
 class DropoutKeys:
-    """Shared by a model's dropouts; the engine sets it before each pass. rows: (B,) from `row_keys`."""
+    """Shared by a model's dropouts; the engine sets it before each pass. rows: (samples,) from
+    `row_keys`."""
 
     rows: Tensor | None = None
 
     def bits(self, x: Tensor, salt: int, elements: int) -> Tensor:
-        """(B, elements) int64, uniform over all values, for a module's input x (B, ...)."""
-        assert self.rows is not None and len(self.rows) == len(x), "the engine sets one key for each sample"
+        """(B, elements) int64, uniform over all values, for a module's input x (B, ...). Raises
+        ConfigError."""
+        assert self.rows is not None, "the engine sets one key for each sample"
+        # A sample may be several rows, such as the windows of its image, one after the other.
+        rows_each, rest = divmod(len(x), len(self.rows))
+        if rest:
+            raise ConfigError(
+                f"model: a dropout sees {len(x)} rows for {len(self.rows)} samples, so its draws cannot be "
+                "keyed by sample; set this tower's dropout to 0"
+            )
         keys = hashed(self.rows + salt)
-        return hashed(keys[:, None] + _GOLDEN * torch.arange(1, elements + 1, device=x.device))
+        places = torch.arange(1, rows_each * elements + 1, device=x.device)
+        return hashed(keys[:, None] + _GOLDEN * places).reshape(len(x), elements)
 
     def uniform(self, x: Tensor, salt: int, elements: int) -> Tensor:
         """(B, elements) fp32 in [0, 1)."""
@@ -113,7 +123,16 @@ def key_dropouts(model: nn.Module) -> DropoutKeys:
             keyed = _keyed(child, keys, salt * 0x5851F42D4C957F2D % 2**63)
             if keyed is not None:
                 setattr(parent, name, keyed.train(child.training))
+    for module in model.modules():
+        _unfuse(module)
     return keys
+
+
+def _unfuse(module: nn.Module) -> None:
+    """Have timm's attention drop by its module: fused attention reads the probability and drops by itself."""
+    drop = getattr(module, "attn_drop", None)
+    if isinstance(drop, KeyedDropout) and drop.p > 0 and hasattr(module, "fused_attn"):
+        module.fused_attn = False
 
 
 def _keyed(module: nn.Module, keys: DropoutKeys, salt: int) -> nn.Module | None:

@@ -42,6 +42,7 @@ from clipstack.dropout import key_dropouts
 from clipstack.errors import ConfigError
 from clipstack.losses.types import Embeddings
 from clipstack.model import ClipModel, open_clip_weights, plain_weight
+from clipstack.separable import check_separable
 from clipstack.world import World, current_world
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -136,9 +137,13 @@ class Engine:
         self.zero_stage = int(self.config["zero_optimization"]["stage"])
         self._is_compiled = recipe.model.compile
         self._dropout = key_dropouts(model)
+        micro_batch_size = recipe.train.micro_batch_size
+        if micro_batch_size is not None and micro_batch_size < recipe.train.batch_size // world.size:
+            check_separable(model, micro_batch_size)
         if self._is_compiled:
             compile_blocks(model, zero_stage=self.zero_stage)
         model.to(world.device)
+        self._saved_buffers = frozenset(model.towers.state_dict())
         optimizer = make_optimizer(model, recipe.optim)
         self._engine, _, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepcopy(self.config), dist_init_required=False
@@ -152,6 +157,14 @@ class Engine:
         `dropout.row_keys`, needed in training only."""
         self._dropout.rows = dropout_keys
         return cast(Embeddings, self._engine(images, tokens))
+
+    def share_statistics(self) -> None:
+        """Give every rank the main rank's running statistics, such as BatchNorm's, which are the ones that
+        are saved."""
+        if self.world.size > 1:
+            for name, buffer in self.model.towers.named_buffers():
+                if name in self._saved_buffers:  # the others are constants
+                    dist.broadcast(buffer, src=0, group=self.world.group)
 
     def train(self) -> None:
         self._engine.train()

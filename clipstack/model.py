@@ -20,6 +20,7 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from open_clip.transformer import text_global_pool
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from clipstack.config import ModelConfig
 from clipstack.errors import CheckpointError, ConfigError
@@ -106,6 +107,15 @@ class ClipModel(nn.Module):
     def embed_dim(self) -> int:
         return self.record.embed_dim
 
+    def train(self, mode: bool = True) -> ClipModel:
+        """A module whose parameters are locked keeps its running statistics as well."""
+        super().train(mode)
+        for module in self.modules():
+            own = list(module.parameters(recurse=False))
+            if isinstance(module, _BatchNorm) and own and not any(p.requires_grad for p in own):
+                module.eval()
+        return self
+
 
 class _BoundFromAbove(torch.autograd.Function):
     """min(x, bound), whose gradient still reaches an x above the bound where a descent step would lower
@@ -176,7 +186,7 @@ def build_model(
         _lock_text(towers)
     if config.grad_checkpointing:
         model.towers.set_grad_checkpointing(True)
-    return model
+    return model.train()
 
 
 def make_record(config: ModelConfig) -> ModelRecord:

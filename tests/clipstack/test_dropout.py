@@ -7,6 +7,7 @@ import pytest
 import torch
 from open_clip.transformer import PatchDropout
 from timm.layers import patch_dropout as timm_patches
+from timm.layers.attention import Attention
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
@@ -63,6 +64,32 @@ def test_a_batch_cut_in_parts_draws_as_the_whole() -> None:
     whole = drawn(model, keys, x, rows)
     parts = torch.cat([drawn(model, keys, x[i : i + 3], rows[i : i + 3]) for i in range(0, 12, 3)])
     assert torch.equal(whole, parts)
+
+
+def test_attention_drops_by_key_too_where_it_would_be_fused() -> None:
+    x = torch.randn(12, 10, 6)
+    attention = Attention(6, num_heads=2, attn_drop=0.5)
+    assert attention.fused_attn, "else this tests nothing"
+    model, keys = keyed(attention)
+    rows = torch.arange(12)
+    whole = drawn(model, keys, x, rows)
+    parts = torch.cat([drawn(model, keys, x[i : i + 3], rows[i : i + 3]) for i in range(0, 12, 3)])
+    torch.testing.assert_close(parts, whole)
+    assert not torch.allclose(whole, drawn(model, keys, x, rows, step=1)), "it drops"
+    untouched, _ = keyed(Attention(6, num_heads=2))
+    assert untouched[0].fused_attn, "without dropout it stays fast"
+
+
+def test_a_sample_that_is_several_rows_draws_for_each() -> None:
+    """As in towers that attend within windows: (samples x windows, ...), a sample's windows together."""
+    x = torch.ones(12 * 4, 50)
+    model, keys = keyed(nn.Dropout(0.5))
+    whole = drawn(model, keys, x, torch.arange(12))
+    parts = [drawn(model, keys, x[i * 4 : i * 4 + 12], torch.arange(i, i + 3)) for i in range(0, 12, 3)]
+    assert torch.equal(whole, torch.cat(parts))
+    assert len({tuple(row.tolist()) for row in whole}) == len(whole)
+    with pytest.raises(ConfigError, match="48 rows for 11 samples"):
+        drawn(model, keys, x, torch.arange(11))
 
 
 def test_steps_samples_and_modules_draw_independently() -> None:
