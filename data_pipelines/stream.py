@@ -242,10 +242,7 @@ class Reader:
             self._open.popitem(last=False)[1].close()
         entry = self.manifest.shards[shard]
         index = _index_of(entry, self.options.cache_dir)
-        removed: dict[int, str] = {}
-        if self.options.removals:
-            urls = None if is_remote(entry.url) else shard_urls(entry.url)
-            removed = removed_samples(self.options.removals, index, shard_name=entry.name, urls=urls)
+        removed = removed_of(entry, index, self.options.removals)
         self._open[shard] = _OpenShard(entry.name, index, removed, lambda: self._open_file(entry))
         return self._open[shard]
 
@@ -317,6 +314,15 @@ def open_shard(entry: ShardEntry) -> ShardFile:
     return RemoteFile(entry.url) if is_remote(entry.url) else LocalFile(entry.url)
 
 
+def removed_of(entry: ShardEntry, index: ShardIndex, removals: RemovalList) -> dict[int, str]:
+    """Positions in a shard that the list removes, by key, image hash and the URLs of the table beside it;
+    URLs that stand in KEY.json alone show when a sample is read."""
+    if not removals:
+        return {}
+    urls = None if is_remote(entry.url) else shard_urls(entry.url)
+    return removed_samples(removals, index, shard_name=entry.name, urls=urls)
+
+
 def _index_of(entry: ShardEntry, cache_dir: Path | None) -> ShardIndex:
     found = find_index(entry.url, cache_dir)
     index = ensure_index(entry.url, cache_dir) if found is None else decode_index(found[1], name=found[0])
@@ -347,8 +353,7 @@ def _read_member(opened: _OpenShard, extension: str, span: Span) -> bytes:
 
 
 def _captions(payloads: Mapping[str, bytes], options: ReadOptions) -> tuple[str, ...]:
-    """All captions of a sample; training picks one, evaluation takes the first. Raises SampleError for
-    none."""
+    """All captions of a sample. Raises SampleError for none where one is required."""
     wanted = options.caption
     found = () if options.captions == "ignored" else _stored_captions(payloads, wanted)
     if not found and options.captions != "required":

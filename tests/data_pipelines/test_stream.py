@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import multiprocessing
@@ -329,6 +330,39 @@ def test_the_quarantine_names_each_sample_once_whatever_processes_and_restarts(t
     names = Counter((record["shard"], record["key"] or record["reason"]) for record in records)
     assert len(names) == 60 + 7 + 1 and set(names.values()) == {1}
     assert {tuple(record) for record in records} == {("shard", "key", "reason")}
+
+
+def test_what_the_disk_refuses_of_the_quarantine_is_shown_and_written_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    folder.write_text("a file, in which no file can be made")
+    log = Quarantine(folder / "quarantine.jsonl")
+    log.add([BadSample("a.tar", "1", "broken")])
+    log.add([BadSample("a.tar", "2", "broken"), BadSample("a.tar", "1", "broken")])
+    shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+    assert [json.loads(line)["key"] for line in shown] == ["1", "2"], "each once"
+    folder.unlink()
+    log.add([BadSample("a.tar", "3", "broken")])
+    log.write_pending()
+    records = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+    assert [record["key"] for record in records] == ["1", "2", "3"]
+
+
+def test_half_a_line_of_the_quarantine_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, write = tmp_path / "quarantine.jsonl", os.write
+
+    def full_soon(fd: int, data: bytes) -> int:
+        if path.stat().st_size:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(fd, data[:10])
+
+    monkeypatch.setattr("data_pipelines.stream.os.write", full_soon)
+    log = Quarantine(path)
+    log.add([BadSample("a.tar", "1", "broken")])
+    assert path.read_bytes() == b""
+    monkeypatch.undo()
+    assert log.write_pending() is None and path.read_text().count("\n") == 1
 
 
 def test_the_manifest_depends_on_names_and_content_but_not_on_the_place(tmp_path: Path) -> None:
