@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -271,6 +272,20 @@ def drop_later(folder: Path, step: int) -> None:
     for path in reversed(checkpoints(folder)):
         if path.name > checkpoint_name(step):
             _remove(path)
+
+
+def finish_replacements(folder: Path) -> None:
+    """Where a save was killed while it took the place of an older one of the same step, between its two
+    renames, give the new one its name; or the old one, should the new one be damaged. Raises
+    CheckpointError."""
+    for old in folder.glob(".step-????????.old"):
+        path = old.with_name(old.name[1:].removesuffix(".old"))
+        new = old.with_name(f".{path.name}.tmp")
+        if not path.exists():
+            try:
+                os.rename(new if damage(new) is None else old, path)
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be given its name ({error})") from error
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -62,6 +62,10 @@ def _take_name(beside: Path, path: Path) -> None:
         old = path.with_name(f".{path.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         os.rename(path, old)
-        os.rename(beside, path)
+        try:
+            os.rename(beside, path)
+        except OSError:
+            os.rename(old, path)
+            raise
         shutil.rmtree(old)
     flush_to_disk(path.parent)
