@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,15 +23,61 @@ SHOWN_METRICS = ("clip_loss", "top1", "mean_per_class_recall", "image_to_text_r1
 """What of an evaluation goes to the terminal; eval.jsonl has all of it."""
 ROLLED_BACK = "rolled_back"
 """The event of a roll-back; its step is the one gone back to."""
-METRICS_FILE, EVAL_FILE = "metrics.jsonl", "eval.jsonl"
+METRICS_FILE, EVAL_FILE, QUARANTINE_FILE = "metrics.jsonl", "eval.jsonl", "quarantine.jsonl"
+WANDB_ID_FILE = "wandb-id.txt"
+RETRY_S = 600.0
+"""Between two tries to reach a sink that failed."""
 
 
 class Sink(Protocol):
-    """A place for numbers besides the run folder."""
+    """A place for numbers besides the run folder. Each method raises OSError where it cannot be reached."""
+
+    name: str
+
+    def open(self, step: int) -> None:
+        """Begin after `step`, or go back to there."""
 
     def write(self, group: str, values: Mapping[str, Any], step: int) -> None: ...
 
     def close(self) -> None: ...
+
+
+class PatientSink:
+    """A sink that may fail: it says so once, tries again later, and never ends a run. What it misses stands
+    in the run folder."""
+
+    def __init__(self, sink: Sink, tell: Callable[[int, str], None]) -> None:
+        self._sink, self._tell = sink, tell
+        self._is_down = False
+        self._retry_at = 0.0
+
+    def open(self, step: int) -> None:
+        self._try(step, lambda: self._sink.open(step))
+
+    def write(self, group: str, values: Mapping[str, Any], step: int) -> None:
+        if self._is_down:
+            if time.monotonic() < self._retry_at or not self._try(step, lambda: self._sink.open(step - 1)):
+                return
+            self._is_down = False
+            self._tell(step, f"{self._sink.name}: works again; the lines between are in the run folder only")
+        self._try(step, lambda: self._sink.write(group, values, step))
+
+    def close(self, step: int) -> None:
+        if not self._is_down:
+            self._try(step, self._sink.close)
+
+    def _try(self, step: int, action: Callable[[], None]) -> bool:
+        try:
+            action()
+        except OSError as error:
+            self._retry_at = time.monotonic() + RETRY_S
+            if not self._is_down:
+                self._is_down = True
+                self._tell(
+                    step, f"{self._sink.name}: cannot be written ({error}); training goes on without it"
+                )
+            return False
+        return True
 
 
 class Reporter:
@@ -41,7 +90,17 @@ class Reporter:
         self._pending: list[tuple[Path, Mapping[str, Any]]] = []
         self.problem: str | None = None
         """Why lines wait to be written; None where none do."""
-        self._sinks = _sinks(run_dir, recipe.log)
+        self._step = 0
+        self._sinks = [PatientSink(sink, self._tell_of_sink) for sink in _sinks(run_dir, recipe.log)]
+
+    def _tell_of_sink(self, step: int, message: str) -> None:
+        self.event("telemetry", step, message)
+
+    @property
+    def files(self) -> list[Path]:
+        """What a checkpoint counts on, as far as it exists: to be flushed to the disk before it."""
+        paths = [self._run_dir / name for name in (METRICS_FILE, EVAL_FILE, QUARANTINE_FILE)]
+        return [path for path in paths if path.exists()]
 
     def start(self, step: int, *, rolled_back: bool = False) -> None:
         """Drop what lies beyond `step` from the logs, and show progress from there. Raises
@@ -53,6 +112,9 @@ class Reporter:
         self._pending = [(path, line) for path, line in self._pending if line["step"] <= step]
         for name in (METRICS_FILE, EVAL_FILE):
             _cut_back(self._run_dir / name, step, keep_rollbacks=rolled_back)
+        self._step = step
+        for sink in self._sinks:
+            sink.open(step)
         if sys.stderr.isatty():
             if self._bar is not None:
                 self._bar.close()
@@ -113,9 +175,10 @@ class Reporter:
         if self._bar is not None:
             self._bar.close()
         for sink in self._sinks:
-            sink.close()
+            sink.close(self._step)
 
     def _send(self, group: str, values: Mapping[str, Any]) -> None:
+        self._step = values["step"]
         for sink in self._sinks:
             sink.write(group, values, values["step"])
 
@@ -127,7 +190,12 @@ class Silent(Reporter):
         self._bar = None
         self._sinks = []
         self._pending = []
+        self._step = 0
         self.problem = None
+
+    @property
+    def files(self) -> list[Path]:
+        return []
 
     def start(self, step: int, *, rolled_back: bool = False) -> None: ...
 
@@ -162,9 +230,15 @@ def _cut_back(path: Path, step: int, *, keep_rollbacks: bool) -> None:
     """Keep the lines up to `step`: what a crash logged after its last checkpoint will be logged again."""
     if not path.exists():
         return
+    try:
+        lines = read_lines(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); move it away and run the same command again"
+        ) from error
     kept = [
         json.dumps(line) + "\n"
-        for line in read_lines(path)
+        for line in lines
         if line["step"] < step
         or (line["step"] == step and (keep_rollbacks or line.get("event") != ROLLED_BACK))
     ]
@@ -192,6 +266,8 @@ def _sinks(run_dir: Path, config: LogConfig) -> list[Sink]:
 
 
 class _TensorBoard:
+    name = "log.tensorboard"
+
     def __init__(self, run_dir: Path) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -199,17 +275,34 @@ class _TensorBoard:
             raise ConfigError(
                 "log.tensorboard = true: not installed; pip install 'clipstack[tensorboard]'"
             ) from error
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+        self._make, self._folder = SummaryWriter, str(run_dir / "tensorboard")
+        self._writer: SummaryWriter | None = None
+
+    def open(self, step: int) -> None:
+        self._drop()
+        # What an earlier launch, or a roll-back, wrote of later steps is hidden.
+        self._writer = self._make(self._folder, purge_step=step + 1)
 
     def write(self, group: str, values: Mapping[str, Any], step: int) -> None:
+        assert self._writer is not None, "open comes first"
         for name, value in numbers(values):
             self._writer.add_scalar(f"{group}/{name}", value, step)
+        self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _drop(self) -> None:
+        """Let go of a writer that may have failed: it fails again when it is closed."""
+        with suppress(OSError):
+            self.close()
+        self._writer = None
 
 
 class _Wandb:
+    name = "log.wandb"
+
     def __init__(self, run_dir: Path, project: str) -> None:
         try:
             import wandb
@@ -217,15 +310,45 @@ class _Wandb:
             raise ConfigError(
                 f"log.wandb = {project!r}: not installed; pip install 'clipstack[wandb]'"
             ) from error
-        self._run = wandb.init(
-            project=project, dir=str(run_dir), name=run_dir.name, id=run_dir.name, resume="allow"
-        )
+        self._wandb, self._run_dir, self._project = wandb, run_dir, project
+        self._run: wandb.Run | None = None
+
+    def open(self, step: int) -> None:
+        if self._run is None:
+            with self._as_os_error():
+                self._run = self._wandb.init(
+                    project=self._project,
+                    dir=str(self._run_dir),
+                    name=self._run_dir.name,
+                    id=wandb_id(self._run_dir),
+                    resume="allow",
+                )
 
     def write(self, group: str, values: Mapping[str, Any], step: int) -> None:
-        self._run.log({f"{group}/{name}": value for name, value in numbers(values)}, step=step)
+        assert self._run is not None, "open comes first"
+        with self._as_os_error():
+            self._run.log({f"{group}/{name}": value for name, value in numbers(values)}, step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        if self._run is not None:
+            with self._as_os_error():
+                self._run.finish()
+
+    @contextmanager
+    def _as_os_error(self) -> Iterator[None]:
+        try:
+            yield
+        except self._wandb.Error as error:
+            raise OSError(str(error)) from error
+
+
+def wandb_id(run_dir: Path) -> str:
+    """The name of this run at Weights & Biases: drawn once and kept in the run folder, so that runs whose
+    folders are named alike stay apart, and a folder that is moved stays the same run. Raises OSError."""
+    path = run_dir / WANDB_ID_FILE
+    if not path.exists():
+        write_text(path, secrets.token_hex(8) + "\n")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def numbers(values: Mapping[str, Any]) -> Sequence[tuple[str, float]]:

@@ -7,6 +7,7 @@ folder that appears whole or not at all, and no process is forked while it is at
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from clipstack.checkpoint import (
 )
 from clipstack.config import CheckpointConfig
 from clipstack.errors import CheckpointError
+from clipstack.files import flush_to_disk
 from clipstack.guard import is_good
 from clipstack.reporting import Reporter
 from clipstack.world import World
@@ -54,7 +56,9 @@ class Saver:
         self._step, self._last_save = snapshot.step, time.monotonic()
         if self._world.is_main:
             self._reporter.write_pending()
-            self._writing = self._thread.submit(self._write, snapshot, best_step, self._reporter.problem)
+            self._writing = self._thread.submit(
+                self._write, snapshot, best_step, self._reporter.problem, self._reporter.files
+            )
 
     def save_for_sure(self, snapshot: Snapshot, *, best_step: int | None) -> None:
         """Write, and wait for it. Raises CheckpointError on every rank if that fails. Collective."""
@@ -80,10 +84,20 @@ class Saver:
         if writing is not None:
             writing.result()
 
-    def _write(self, snapshot: Snapshot, best_step: int | None, log_problem: str | None) -> None:
-        if log_problem is not None:
-            # A checkpoint must not claim steps that the log will never show.
-            raise CheckpointError(f"step {snapshot.step}: not saved, since {log_problem}")
+    def _write(
+        self, snapshot: Snapshot, best_step: int | None, log_problem: str | None, logs: Sequence[Path]
+    ) -> None:
+        # A checkpoint must not claim steps that the log will never show, even where the power fails.
+        problem = log_problem or _flush_problem(logs)
+        if problem is not None:
+            raise CheckpointError(f"step {snapshot.step}: not saved, since {problem}")
+        try:
+            self._replace_older(snapshot, best_step)
+        except OSError as error:
+            path = self._folder / checkpoint_name(snapshot.step)
+            raise CheckpointError(f"{path}: could not be saved ({error})") from error
+
+    def _replace_older(self, snapshot: Snapshot, best_step: int | None) -> None:
         drop_later(self._folder, snapshot.step)
         remove_unfinished(self._folder)
         save_snapshot(self._folder, snapshot)
@@ -102,3 +116,13 @@ class Saver:
         """What a roll-back would go back to: at most one."""
         good = (p for p in sound_checkpoints(self._folder) if is_good(read_progress(p)["guard"]))
         return list(islice(good, 1))
+
+
+def _flush_problem(logs: Sequence[Path]) -> str | None:
+    """Flush files to the disk; why that failed, or None."""
+    for log in logs:
+        try:
+            flush_to_disk(log)
+        except OSError as error:
+            return f"{log} cannot be flushed to the disk ({error})"
+    return None
