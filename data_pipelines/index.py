@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipelines.errors import ShardError
+from data_pipelines.files import whole_file
 from data_pipelines.tar import BLOCK, Damage, Member, Readable, TarWriter, walk
 
 MAGIC = b"CLIPTIDX"
@@ -173,16 +174,6 @@ class ShardIndex:
         for array in _arrays(self).values():
             content.update(array.tobytes())
         return content.hexdigest()
-
-    def duplicate_keys(self) -> list[str]:
-        """Keys that head more than one sample, each once."""
-        seen: set[str] = set()
-        twice: dict[str, None] = {}
-        for key in self.keys:
-            if key in seen:
-                twice[key] = None
-            seen.add(key)
-        return list(twice)
 
 
 def payload_digest(payload: bytes) -> bytes:
@@ -340,14 +331,9 @@ def index_path(tar: str | os.PathLike[str]) -> Path:
 
 def save_index(index: ShardIndex, path: Path) -> None:
     """Write atomically. Raises ShardError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(path) as partial:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(_encode(index))
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ShardError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def load_index(path: str | os.PathLike[str]) -> ShardIndex:

@@ -32,6 +32,7 @@ import numpy as np
 
 from data_pipelines.encode import ImageOptions, StoredImage, prepare_image
 from data_pipelines.errors import DataError, SampleError, ShardError, Stopped
+from data_pipelines.files import whole_file
 from data_pipelines.index import Sample, ShardWriter, index_path
 from data_pipelines.inputs import (
     Inputs,
@@ -47,6 +48,8 @@ from data_pipelines.table import Row, describe, image_member, table_path, write_
 
 FORMAT_VERSION = 1
 REPORT = "build.json"
+SIZES = "sizes.json"
+"""Samples of each shard, as open_clip's trainer reads it."""
 REJECTS = "rejects.jsonl"
 REMOVED = "removed.jsonl"
 _WORK = ".build"
@@ -299,6 +302,7 @@ def run_jobs(
     finished = _read_json(out / REPORT)
     if finished is not None:
         _refuse_other_plan(out, finished["plan"], plan)
+        _refuse_lost_shards(out)
         return BuildReport(**finished["report"])
     with _claimed(out, plan, inputs):
         done = {job.name: report for job in jobs if (report := _read_report(out, job.name)) is not None}
@@ -458,7 +462,7 @@ def _finish(
         _write_text(out / REMOVED, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in removed))
     if inputs.classnames:
         _write_text(out / "classnames.txt", "".join(name + "\n" for name in inputs.classnames))
-    _write_text(out / "sizes.json", json.dumps({r.name: r.samples for r in written}, indent=0))
+    _write_text(out / SIZES, json.dumps({r.name: r.samples for r in written}, indent=0))
     _write_text(out / REPORT, json.dumps({"plan": plan, "report": asdict(report)}, indent=2, sort_keys=True))
     return report
 
@@ -487,10 +491,8 @@ def _read_report(out: Path, shard: str) -> ShardReport | None:
     data = _read_json(_report_path(out, shard))
     if data is None:
         return None
-    if data["samples"] and not all(
-        p.exists() for p in (out / shard, index_path(out / shard), table_path(out / shard))
-    ):
-        return None  # someone deleted a file since; make the shard again
+    if data["samples"] and not _is_whole(out / shard, data["size_bytes"]):
+        return None  # someone changed or deleted a file since; make the shard again
     return ShardReport(
         data["name"],
         data["samples"],
@@ -498,6 +500,21 @@ def _read_report(out: Path, shard: str) -> ShardReport | None:
         tuple(Reject(**r) for r in data["rejects"]),
         tuple(Removed(**r) for r in data["removed"]),
     )
+
+
+def _is_whole(tar: Path, size_bytes: int) -> bool:
+    beside = index_path(tar), table_path(tar)
+    return all(path.exists() for path in (tar, *beside)) and tar.stat().st_size == size_bytes
+
+
+def _refuse_lost_shards(out: Path) -> None:
+    """Raises DataError where a shard of a finished build is gone."""
+    for name in _read_json(out / SIZES) or ():
+        for path in (out / name, index_path(out / name), table_path(out / name)):
+            if not path.exists():
+                raise DataError(
+                    f"{out}: was finished, but {path.name} is gone; name a new folder or delete this one"
+                )
 
 
 def _read_json(path: Path) -> Any:
@@ -510,10 +527,5 @@ def _read_json(path: Path) -> Any:
 
 
 def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ShardError(f"{path}: cannot be written: {error.strerror}") from error

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipelines.encode import image_size, perceptual_hash
 from data_pipelines.errors import SampleError, ShardError
+from data_pipelines.files import whole_file
 from data_pipelines.index import IMAGE_EXTENSIONS, Sample
 from data_pipelines.rights import ALIASES, RIGHTS_COLUMNS, rights_of_json
 
@@ -142,13 +143,8 @@ def to_frame(rows: Iterable[Row]) -> pl.DataFrame:
 
 def write_table(rows: Sequence[Row], path: Path) -> None:
     """Write atomically; equal rows give equal bytes. Raises ShardError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(path) as partial:
         to_frame(rows).write_parquet(partial, compression="zstd", metadata={_VERSION_KEY: VERSION})
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ShardError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def is_ours(path: Path) -> bool:

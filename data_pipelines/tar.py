@@ -6,13 +6,14 @@ import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import BinaryIO, Protocol
 
 import numpy as np
 
 from data_pipelines.errors import ShardError
+from data_pipelines.files import flush_to_disk
 
 BLOCK = 512
 RECORD = 20 * BLOCK  # archives end on a multiple of this, as GNU tar's do
@@ -221,6 +222,7 @@ class TarWriter:
             os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self._temporary, self.path)
+            flush_to_disk(Path(self.path).parent)
         except OSError as error:
             raise ShardError(f"{self.path}: cannot be written: {error.strerror}") from error
         self._file = None

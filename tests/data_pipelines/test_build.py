@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -236,6 +237,46 @@ def test_a_finished_build_run_again_changes_nothing(tmp_path: Path) -> None:
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
     assert build(source, "-o", tmp_path / "out") == 0
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == times
+
+
+def test_a_finished_build_whose_shards_are_gone_is_not_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = image_folder(tmp_path / "in", 3)
+    assert build(source, "-o", tmp_path / "out") == 0
+    (tmp_path / "out" / "00000.tar").unlink()
+    assert build(source, "-o", tmp_path / "out") == 2
+    assert "00000.tar is gone;" in capsys.readouterr().err
+
+
+def test_a_report_is_written_once_its_shard_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+        flushed.append(re.sub(r"^\.(.*)\.\d+\.partial$", r"\1", name))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    assert build(image_folder(tmp_path / "in", 3), "-o", tmp_path / "out") == 0
+    before = flushed[: flushed.index("00000.tar.json")]
+    for name in ("00000.tar", "00000.tar.idx", "00000.parquet"):
+        assert "out" in before[before.index(name) :], "and so is its name"
+    assert "build.json" in flushed
+
+
+def test_a_shard_that_was_cut_since_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = image_folder(tmp_path / "in", 3)
+    assert build(source, "-o", tmp_path / "whole") == 0
+    monkeypatch.setattr(jobs, "_finish", lambda *_: (_ for _ in ()).throw(ShardError("no space left")))
+    assert build(source, "-o", tmp_path / "cut") == 1
+    monkeypatch.undo()
+    os.truncate(tmp_path / "cut" / "00000.tar", 0)
+    assert build(source, "-o", tmp_path / "cut") == 0
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
 def test_other_options_or_changed_inputs_are_refused_by_name(
