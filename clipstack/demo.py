@@ -77,7 +77,9 @@ def run(args: argparse.Namespace) -> int:
 
     examined = examine(run_dir / "export", data)
     print(as_table(examined.scores))
-    page = write_page(run_dir / "report.html", run_dir, examined, lessons, minutes=minutes)
+    page = write_page(
+        run_dir / "report.html", run_dir, examined, lessons, num_pictures=args.train_samples, minutes=minutes
+    )
 
     _say(4, f"Done. Open {page} to see what it learned, as pictures and curves.")
     print(_next_steps(run_dir, data))

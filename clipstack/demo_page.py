@@ -55,9 +55,16 @@ class Examined:
 
 
 def write_page(
-    path: Path, run_dir: Path, examined: Examined, lessons: Sequence[Recipe], *, minutes: float
+    path: Path,
+    run_dir: Path,
+    examined: Examined,
+    lessons: Sequence[Recipe],
+    *,
+    num_pictures: int,
+    minutes: float,
 ) -> Path:
-    """`lessons`: the recipes of the trainings, in order; `run_dir` is the last one's. Returns `path`."""
+    """`lessons`: the recipes of the trainings, in order; `run_dir` is the last one's. num_pictures: what was
+    drawn for training. Returns `path`."""
     metrics = [line for line in read_lines(run_dir / METRICS_FILE) if "event" not in line]
     charts = [
         line_chart("Loss", {"loss": [(m["step"], m["loss"]) for m in metrics]}),
@@ -70,7 +77,7 @@ def write_page(
     rows = "".join(_row(name, score) for name, score in examined.scores.items())
     body = [
         "<h1>A CLIP model, trained here just now</h1>",
-        f'<p class="soft">{_what_was_done(lessons, minutes)}</p>',
+        f'<p class="soft">{_what_was_done(lessons, num_pictures, minutes)}</p>',
         "<h2>What it knows</h2>",
         "<p>Every question is about pictures whose colour and shape never met in training, in images or "
         "captions. The mark in each bar is what guessing would reach.</p>",
@@ -91,14 +98,14 @@ def write_page(
     return path
 
 
-def _what_was_done(lessons: Sequence[Recipe], minutes: float) -> str:
-    samples = sum(recipe.train.steps * recipe.train.batch_size for recipe in lessons)
+def _what_was_done(lessons: Sequence[Recipe], num_pictures: int, minutes: float) -> str:
+    seen = sum(recipe.train.steps * recipe.train.batch_size for recipe in lessons)
     steps = " and ".join(f"{recipe.train.steps:,}" for recipe in lessons)
     took = f" in {minutes:.1f} minutes" if minutes > 0.1 else ""
     return (
-        f"A vision transformer and a text transformer, from random weights, on {samples:,} drawn pictures "
-        f"with captions{took}: lessons of {steps} steps of {lessons[-1].train.batch_size}, "
-        f"objective {lessons[-1].objective.name}."
+        f"A vision transformer and a text transformer, from random weights, on {num_pictures:,} drawn "
+        f"pictures with captions{took}: lessons of {steps} steps of {lessons[-1].train.batch_size}, {seen:,} "
+        f"samples seen in all, objective {lessons[-1].objective.name}."
     )
 
 

@@ -9,7 +9,7 @@ colour x shape pairs that training never saw.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -165,10 +165,3 @@ def _beats_all(similarity: Tensor, truth: Tensor) -> Tensor:
 
 def _accuracy(hits: Tensor) -> float:
     return float(hits.double().mean())
-
-
-def rows(scores: Mapping[str, Score]) -> Iterator[str]:
-    """One line a score, in per cent beside chance, for a terminal."""
-    width = max(map(len, scores))
-    for name, score in scores.items():
-        yield f"{name:<{width}}  {score.accuracy:7.1%}   chance {score.chance:5.1%}   of {score.num}"

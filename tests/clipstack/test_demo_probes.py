@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipstack.config import load_recipe
+from clipstack.demo import as_table, shipped_recipe
+from clipstack.demo_page import Examined, write_page
 from clipstack.demo_probes import (
     Probe,
     ProbeSet,
@@ -17,7 +20,6 @@ from clipstack.demo_probes import (
     probe_scores,
     read_probe_set,
     retrieval_score,
-    rows,
 )
 from clipstack.errors import DataError
 from data_pipelines import shapes
@@ -98,8 +100,19 @@ def test_prompts_of_a_class_are_averaged() -> None:
 
 
 def test_every_score_is_printed_beside_chance() -> None:
-    (line,) = rows({"relation": Score(0.8125, 0.25, 16)})
-    assert line.split() == ["relation", "81.2%", "chance", "25.0%", "of", "16"]
+    line = as_table({"relation": Score(0.8125, 0.25, 16)}).splitlines()[-1]
+    assert line.split()[:3] == ["relation", "81.2%", "25.0%"]
+
+
+def test_the_page_tells_pictures_drawn_from_samples_seen(tmp_path: Path) -> None:
+    lessons = [load_recipe(shipped_recipe(name), ["data.train=x"]) for name in ("demo-first", "demo")]
+    (tmp_path / "metrics.jsonl").write_text("")
+    examined = Examined({"relation": Score(0.5, 0.25, 16)}, 16, [])
+    page = write_page(
+        tmp_path / "p.html", tmp_path, examined, lessons, num_pictures=77, minutes=1
+    ).read_text()
+    seen = sum(lesson.train.steps * lesson.train.batch_size for lesson in lessons)
+    assert "on 77 drawn pictures" in page and f"{seen:,} samples seen" in page
 
 
 def test_missing_or_foreign_probe_files_are_named(folder: Path, tmp_path: Path) -> None:
