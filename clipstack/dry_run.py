@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from PIL import Image, ImageDraw
 
 from clipstack.config import Recipe
@@ -97,12 +98,18 @@ def draw_batch(batch: Batch, preprocess: Preprocess) -> Image.Image:
         x, y = i % COLUMNS * CELL_PX, i // COLUMNS * (CELL_PX + TEXT_PX)
         pixels = batch.images[i].permute(1, 2, 0).contiguous().to(torch.uint8).numpy()
         sheet.paste(Image.fromarray(pixels).resize((CELL_PX - 4, CELL_PX - 4)), (x + 2, y + 2))
-        caption = preprocess.tokenizer.decode([t for t in batch.tokens[i].tolist() if t])
-        for line, part in enumerate(
-            _wrap(caption.replace("<start_of_text>", "").split("<end_of_text>")[0].strip())
-        ):
+        for line, part in enumerate(_wrap(decoded(preprocess.tokenizer, batch.tokens[i].tolist()))):
             pen.text((x + 3, y + CELL_PX + 12 * line), part, fill="black")
     return sheet
+
+
+def decoded(tokenizer: SimpleTokenizer | HFTokenizer, tokens: list[int]) -> str:
+    """The text of one row of tokens, without what marks its ends and fills it up."""
+    if isinstance(tokenizer, HFTokenizer):
+        text: str = tokenizer.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text.strip()
+    whole: str = tokenizer.decode([token for token in tokens if token])
+    return whole.replace("<start_of_text>", "").split("<end_of_text>")[0].strip()
 
 
 def _wrap(text: str, width: int = 21, lines: int = 2) -> list[str]:

@@ -16,6 +16,7 @@ from PIL import Image
 from torchvision.transforms import functional as torchvision_functional
 
 from clipstack.config import AugmentConfig, ModelConfig
+from clipstack.dry_run import decoded
 from clipstack.model import make_record
 from clipstack.preprocess import Preprocess
 from data_pipelines.images import crop_box, decode
@@ -119,3 +120,17 @@ def test_a_preprocess_pickles_after_use() -> None:
     ours.tokenize(["a"])
     ours.normalize(ours.train_image(photo(), random.Random(0)))
     assert pickle.loads(pickle.dumps(ours)) == ours
+
+
+def test_a_dry_run_shows_the_captions_of_both_kinds_of_tokenizer() -> None:
+    plain = Preprocess.from_record(RECORD).tokenizer
+    assert decoded(plain, plain(["a red box"])[0].tolist()) == "a red box"
+
+    class Wrapped:  # what open_clip's HFTokenizer holds: transformers' own
+        def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
+            assert skip_special_tokens
+            return f" {tokens} "
+
+    wrapper = object.__new__(open_clip.tokenizer.HFTokenizer)
+    wrapper.tokenizer = Wrapped()
+    assert decoded(wrapper, [5, 1, 1]) == "[5, 1, 1]"
