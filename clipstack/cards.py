@@ -13,9 +13,9 @@ from typing import Any
 from clipstack.config import DataConfig, Recipe, SourceConfig
 from clipstack.errors import ClipstackError
 from data_pipelines.errors import DataError
-from data_pipelines.rights import load_removal_list, removed_samples
+from data_pipelines.rights import load_removal_list
 from data_pipelines.sources import ensure_index, is_pipe, is_remote
-from data_pipelines.stream import Manifest, ShardEntry, make_manifest
+from data_pipelines.stream import Manifest, ShardEntry, make_manifest, removed_of
 
 MODEL_CARD, DATA_CARD = "MODEL_CARD.md", "DATA_CARD.md"
 UNKNOWN_LICENCE = "not stated"
@@ -221,12 +221,12 @@ def _count_removed(shards: Sequence[ShardEntry], file: Path, config: DataConfig)
     try:
         removal = load_removal_list(file)
         removed = sum(
-            len(removed_samples(removal, ensure_index(shard.url, config.cache_dir), shard_name=shard.name))
-            for shard in shards
+            len(removed_of(shard, ensure_index(shard.url, config.cache_dir), removal)) for shard in shards
         )
     except DataError as error:
         return f"unknown: {error}"
-    return f"{removed:,} samples"
+    unseen = "; URLs that KEY.json alone states are not counted" if removal.names_urls else ""
+    return f"{removed:,} samples{unseen}"
 
 
 def _removals(config: DataConfig) -> str:

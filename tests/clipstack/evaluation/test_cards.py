@@ -56,6 +56,14 @@ def test_the_data_card_counts_samples_licences_and_removals(shards: Path) -> Non
     assert "2 lines of quarantine.jsonl" in card and "| top1 | 0.2500 |" in card
 
 
+def test_removals_by_url_count_where_the_table_knows_the_url(shards: Path) -> None:
+    table = {"key": ["s0000001", "s0000002"], "url": ["https://x.org/1", "https://x.org/2"]}
+    pq.write_table(pa.table(table), shards / "0.parquet")
+    removals = shards / "removals.txt"
+    removals.write_text("url:https://x.org/2\nkey:0.tar/s0000003\n")
+    assert "| removed | 2 samples; URLs" in data_card(facts(str(shards), removals=str(removals)))
+
+
 def test_each_source_of_a_mixture_is_told(shards: Path) -> None:
     sources = [{"path": str(shards / "0.tar"), "weight": 2.0}, {"path": str(shards / "1.tar")}]
     card = data_card(facts(sources))
