@@ -7,9 +7,10 @@ import hashlib
 import io
 import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from PIL import Image
 
 from data_pipelines.errors import DataError
 from data_pipelines.images import MAX_IMAGE_PIXELS, Geometry, Pixels, draw_geometry
-from data_pipelines.order import OrderParams
+from data_pipelines.order import OrderParams, batch_ranges
 from data_pipelines.page import THUMBNAIL_PX, document, picture
 from data_pipelines.rights import EMPTY, load_removal_list
 from data_pipelines.stream import Drawer, Drawn, Reader, ReadOptions, make_manifest
@@ -44,10 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     recipe = read_recipe(args.run)
-    start, end = step_range(args.run, recipe, args.step)
-    seen = list(replay(recipe, start, end))
+    seen = [
+        one for low, high in step_ranges(args.run, recipe, args.step) for one in replay(recipe, low, high)
+    ]
     if args.html is not None:
-        args.html.write_text(page(seen, title=f"{args.run.name}, step {args.step}"), encoding="utf-8")
+        text = page(seen, title=f"{args.run.name}, step {args.step}")
+        try:
+            args.html.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"--html {args.html}: cannot be written: {error.strerror}") from error
     for one in seen:
         print(
             json.dumps(describe(one), ensure_ascii=False)
@@ -67,23 +73,46 @@ def read_recipe(run: Path) -> dict[str, Any]:
         raise DataError(f"{run / 'recipe.toml'}: not valid TOML: {error}") from error
 
 
-def step_range(run: Path, recipe: Mapping[str, Any], step: int) -> tuple[int, int]:
-    """[start, end) of the positions that a step used: as its line of metrics.jsonl says, else by counting
-    steps.
+def step_ranges(run: Path, recipe: Mapping[str, Any], step: int) -> tuple[tuple[int, int], ...]:
+    """The ranges [low, high) of positions that a step used. Raises DataError for a step outside the run.
 
-    The line knows of windows that a run jumped over. Raises DataError for a step outside the run.
+    Counted in batches from the last line of metrics.jsonl before it, over the windows that roll-backs left
+    out; where the step has a line of its own that says otherwise, the line is right.
     """
     if not 1 <= step <= recipe["train"]["steps"]:
         raise DataError(f"--step {step}: the run has steps 1 to {recipe['train']['steps']}")
     batch_size = int(recipe["train"]["batch_size"])
-    end = step * batch_size
-    metrics = run / "metrics.jsonl"
-    if metrics.exists():
-        for line in metrics.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line) if line.endswith("}") else {}
-            if record.get("step") == step:
-                end = int(record.get("samples_seen", end))
-    return end - batch_size, end
+    lines = _lines(run / "metrics.jsonl")
+    ends = {line["step"]: line["samples_seen"] for line in lines if "samples_seen" in line}
+    known = max((other for other in ends if other < step), default=0)
+    batches = batch_ranges(ends.get(known, 0), batch_size, _skipped_windows(run, lines))
+    counted = next(islice(batches, step - known - 1, None))
+    end = ends.get(step, counted[-1][1])
+    return counted if end == counted[-1][1] else ((end - batch_size, end),)
+
+
+def _skipped_windows(run: Path, lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
+    """[low, high) of the positions that the run left out: what the newest checkpoint says, and roll-backs
+    that came after it."""
+    states = sorted((run / "checkpoints").glob("step-*/state.json"))
+    saved = _state(states[-1])["progress"].get("skipped_windows", []) if states else []
+    events = [line["skipped_samples"] for line in lines if line.get("event") == "rolled_back"]
+    return [(low, high) for low, high in [*saved, *events]]
+
+
+def _state(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}; remove this checkpoint") from error
+    return state
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Of a file of JSON lines; a killed run may have left a torn last one."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
 def replay(recipe: Mapping[str, Any], start: int, end: int) -> Iterator[Seen]:

@@ -22,7 +22,7 @@ from clipstack.world import World
 from data_pipelines.cli import main
 from data_pipelines.index import Sample, write_shard
 from data_pipelines.order import OrderParams
-from data_pipelines.replay_cli import read_recipe, replay, step_range
+from data_pipelines.replay_cli import read_recipe, replay, step_ranges
 
 SIZES = (9, 2, 14, 5)
 N = sum(SIZES)
@@ -165,11 +165,35 @@ def resized(preprocess: Preprocess, pixels: np.ndarray) -> np.ndarray:
 
 def test_replay_goes_by_the_position_that_the_run_logged(shards: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, shards)
-    assert step_range(run, read_recipe(run), 5) == (32, 40)
+    assert step_ranges(run, read_recipe(run), 5) == ((32, 40),)
     (run / "metrics.jsonl").write_text(
         '{"step": 4, "samples_seen": 32}\n{"step": 5, "samples_seen": 56}\n{"st'
     )
-    assert step_range(run, read_recipe(run), 5) == (48, 56)
+    assert step_ranges(run, read_recipe(run), 5) == ((48, 56),)
+
+
+def test_replay_jumps_over_what_roll_backs_left_out(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path, shards)
+    (run / "checkpoints" / "step-00000002").mkdir(parents=True)
+    state = {"progress": {"skipped_windows": [[4, 12]]}}
+    (run / "checkpoints" / "step-00000002" / "state.json").write_text(json.dumps(state))
+    assert step_ranges(run, read_recipe(run), 1) == ((0, 4), (12, 16))
+    event = '{"event": "rolled_back", "step": 2, "message": "x", "from_step": 3, "skipped_samples": [24, 40]}'
+    (run / "metrics.jsonl").write_text(event + "\n")  # of steps in between there is no line
+    assert step_ranges(run, read_recipe(run), 3) == ((40, 48),)
+    (run / "checkpoints" / "step-00000002" / "state.json").write_text("{")
+    assert main(["replay", str(run), "--step", "3"]) == 2
+    assert "state.json: cannot be read" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_is_one_line(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path, shards)
+    assert main(["replay", str(run), "--step", "1", "--html", str(tmp_path / "none" / "page.html")]) == 2
+    assert "--html" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
