@@ -342,10 +342,16 @@ def _check(pair: tuple[Path, Path | None], *, options: VerifyOptions) -> ShardCh
 def verify(
     tars: Sequence[Path], options: VerifyOptions, *, repair: Path | None = None, processes: int = 1
 ) -> list[ShardCheck]:
-    """Check shards; with `repair`, write what is sound of each into that folder under the same name."""
+    """Check shards; with `repair`, write what is sound of each into that folder under the same name.
+
+    What is wrong with a shard is a finding. Raises DataError for a folder that cannot be written.
+    """
     targets = [None if repair is None else repair / tar.name for tar in tars]
     if repair is not None:
-        repair.mkdir(parents=True, exist_ok=True)
+        try:
+            repair.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"--repair {repair}: cannot be written: {error.strerror}") from error
     out: list[ShardCheck] = []
     with Progress("verify", len(tars), unit="shards") as progress:
         work = list(zip(tars, targets, strict=True))
@@ -389,7 +395,10 @@ def run(args: argparse.Namespace) -> int:
     options = VerifyOptions(decode_every=args.decode, max_pixels=args.max_pixels)
     checks = verify(tars, options, repair=repair, processes=args.processes)
     if repair is not None:
-        (repair / "repair.json").write_text(json.dumps(summary(checks), indent=2), encoding="utf-8")
+        try:
+            (repair / "repair.json").write_text(json.dumps(summary(checks), indent=2), encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"--repair {repair}: cannot be written: {error.strerror}") from error
     if args.json:
         print(json.dumps(summary(checks), indent=2))
     else:

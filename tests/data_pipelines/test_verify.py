@@ -273,6 +273,15 @@ def test_a_file_that_is_no_tar_is_one_finding_not_a_crash(
     assert "b.tar: structure" in out
 
 
+def test_a_place_that_cannot_be_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shard(tmp_path / "a.tar", [Sample("0", {"jpg": jpeg(1), "txt": b"x"})])
+    (tmp_path / "file").write_text("")
+    assert main(["verify", str(tmp_path / "a.tar"), "--repair", str(tmp_path / "file" / "saved")]) == 2
+    assert "--repair" in capsys.readouterr().err
+
+
 def test_repair_never_writes_over_shards(
     tar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
