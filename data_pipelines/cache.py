@@ -8,6 +8,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Container, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,10 +143,10 @@ class NodeShare:
 
 
 def local_share(batch_size: int, *, rank: int, world_size: int) -> NodeShare:
-    """The share of this machine's ranks, as launchers describe it: LOCAL_RANK, LOCAL_WORLD_SIZE, ranks in a
-    row."""
+    """The share of this machine's ranks, as launchers describe it, ranks in a row: LOCAL_RANK, and torchrun's
+    LOCAL_WORLD_SIZE or deepspeed's LOCAL_SIZE."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
     return NodeShare(batch_size, rank - local_rank, num_ranks, world_size)
 
 
@@ -215,8 +216,6 @@ class Prefetcher:
         self._closed = False
         self._moved = threading.Condition()
         self._thread: threading.Thread | None = None
-        self.error: DataError | None = None
-        """What stopped the thread; workers then fetch what they need themselves and meet it too."""
 
     def start(self, position: int) -> None:
         """Begin, or go on from elsewhere."""
@@ -241,15 +240,14 @@ class Prefetcher:
         self._closed = False
 
     def _run(self) -> None:
-        try:
+        # What cannot be fetched here is fetched by the worker that needs it, which meets the error and tells.
+        with suppress(DataError):
             while not self._closed:
                 position = self._position
                 self._fill(position)
                 with self._moved:
                     while not self._closed and self._position == position:
                         self._moved.wait()
-        except DataError as error:
-            self.error = error
 
     def _fill(self, position: int) -> None:
         """Fetch what comes, in order, dropping what is no longer wanted to make room."""
@@ -259,4 +257,5 @@ class Prefetcher:
             if self._closed:
                 return
             if is_remote(entry.url):
-                self._cache.fetch(entry, keep)
+                with suppress(ShardError):  # the others may be at hand
+                    self._cache.fetch(entry, keep)

@@ -154,15 +154,17 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 def retried(url: str, call: Callable[[], T]) -> T:
     """A remote call, tried again with growing pauses where the network fails it. Raises ShardError after
-    the last."""
+    the last, and at once for a file that is not there."""
     for attempt in range(REMOTE_ATTEMPTS):
         try:
             return call()
         except FileNotFoundError as error:
-            raise DataError(f"{url}: no such file") from error
+            raise ShardError(f"{url}: no such file") from error
         except _network_errors() as error:
             if attempt + 1 == REMOTE_ATTEMPTS:
-                raise DataError(f"{url}: cannot be read after {REMOTE_ATTEMPTS} attempts: {error}") from error
+                raise ShardError(
+                    f"{url}: cannot be read after {REMOTE_ATTEMPTS} attempts: {error}"
+                ) from error
             time.sleep(0.2 * 2**attempt)
     raise AssertionError("unreachable")
 

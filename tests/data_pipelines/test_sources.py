@@ -191,10 +191,10 @@ def test_reads_outlive_passing_failures_and_name_lasting_ones(
     server.fail_next = 2
     assert RemoteFile(f"{server.url}/s0.tar").read(0, 100) == data[:100]
     server.fail_next = 99
-    with pytest.raises(DataError, match=r"s0\.tar: cannot be read after 4 attempts"):
+    with pytest.raises(ShardError, match=r"s0\.tar: cannot be read after 4 attempts"):
         RemoteFile(f"{server.url}/s0.tar").read(0, 100)
     server.fail_next = 0
-    with pytest.raises(DataError, match=r"none\.tar: no such file"):
+    with pytest.raises(ShardError, match=r"none\.tar: no such file"):
         make_manifest([((f"{server.url}/none.tar",), 1.0)], tmp_path / "cache")
 
 
@@ -269,7 +269,15 @@ def test_the_prefetch_thread_follows_training(tmp_path: Path, server: Server) ->
             time.sleep(0.01)
         assert wanted.exists()
     prefetcher.close()
-    assert prefetcher.error is None
+
+
+def test_a_shard_that_cannot_be_fetched_keeps_no_other_from_it(tmp_path: Path, server: Server) -> None:
+    manifest = remote_manifest(tmp_path, server, 4)
+    cache = ShardCache(tmp_path / "cache", 10**9)
+    order = manifest.order(OrderParams(seed=3, lanes=1, window_shards=1))
+    (tmp_path / "www" / manifest.shards[int(order.take(0, 1).sample[0]) // 6].name).unlink()
+    Prefetcher(cache, Schedule(manifest, order, NodeShare(batch_size=6)))._fill(0)
+    assert len(cache.held()) == 3
 
 
 def test_aligned_lanes_let_four_machines_share_the_download(tmp_path: Path) -> None:
@@ -303,7 +311,9 @@ def test_a_cache_too_small_for_what_is_read_side_by_side_is_refused(tmp_path: Pa
         Prefetcher(ShardCache(tmp_path, 10_000), schedule)
 
 
-def test_the_share_of_a_machine_comes_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])  # torchrun's, deepspeed's
+def test_the_share_of_a_machine_comes_from_the_launcher(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv(name, "2")
     assert local_share(64, rank=5, world_size=8) == NodeShare(64, first_rank=4, num_ranks=2, world_size=8)

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from clipstack import embed
+from clipstack import embed, eval_data
 from clipstack.checkpoint import load_model
 from clipstack.cli import main
+from data_pipelines.sources import expand
 from tests.clipstack.evaluation.conftest import NUM_SAMPLES, SHARD_SIZES, captions, png
 from tests.clipstack.launching import Zygote
 
@@ -111,6 +113,23 @@ def test_a_folder_belongs_to_one_model_and_precision(
     assert "--dtype: not what" in capsys.readouterr().err
     assert run(model_folders["random"], data, tmp_path) == 2
     assert "holds other files" in capsys.readouterr().err
+
+
+def test_a_remote_shard_that_cannot_be_read_is_told_and_left_out(
+    model_folders: dict[str, Path],
+    benchmark_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # between attempts
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = f"{{http://127.0.0.1:9/gone.tar,{benchmark_folder / 'test' / '2.tar'}}}"
+    assert run(model_folders["random"], data, tmp_path / "out") == 1
+    assert "the first: gone.tar: http://127.0.0.1:9/gone.tar" in capsys.readouterr().out
+    assert len(np.load(tmp_path / "out" / "img_emb" / "img_emb_0001.npy")) == SHARD_SIZES[2]
+    full, _, bad = eval_data._sort_shards(expand(data))
+    assert len(full) == 1 and bad[0].shard == "gone.tar"
 
 
 def test_bad_shards_and_samples_are_told_and_left_out(
