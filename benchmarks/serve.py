@@ -1,25 +1,25 @@
 """Serving speed: our server beside infinity and LitServe, in one run, on the same random CLIP.
 
     python benchmarks/serve.py --infinity PYTHON --litserve PYTHON [--model small|ViT-B-32] [--rounds 10]
-    [--json OUT]
+    [--open S] [--json OUT]
 
 PYTHON is the interpreter of an environment that has the peer: `infinity-emb[server,torch]==0.0.78
 transformers<=5.0`, `litserve==0.2.19 open_clip_torch`. Left out, that peer is left out. Every server gets the
-same requests, one
-640x480 JPEG each, and every vector that comes back is compared with open_clip's own in float32.
+same requests, one 640x480 JPEG each, and every vector that comes back is compared with open_clip's own in
+float32, after the clock has stopped.
 
 Closed loop: C clients, each with one request under way. Open loop: requests at Poisson times, timed from the
 moment they were meant to be sent, so that a server that stalls cannot hide it. Rounds alternate the order of
-the
-servers (ABBA), and one server is entered twice as a control (A/A): its ratio to itself shows the noise.
+the servers (ABBA), and one server is entered twice as a control (A/A): its ratio to itself shows the noise.
+In every round plain processes do the same work without a server, as the limit of what the cores can do.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import base64
 import io
+import itertools
 import json
 import os
 import random
@@ -41,10 +41,14 @@ from typing import Any
 import numpy as np
 import pydantic_core
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.serve_load import Answer, Run, closed_loop, open_loop, post, session_cpu_s
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 NUM_IMAGES = 32
 LEAST_COSINE = 0.9999
-ANSWER_S = 20.0  # a server that is silent for so long does not answer any more
+CORES = len(os.sched_getaffinity(0))
 LONG_TEXT = " ".join(
     ["red", "green", "blue", "small", "large", "round", "square", "old", "new", "bright"] * 6
 )
@@ -346,342 +350,311 @@ def _answers(url: str) -> bool:
         return False
 
 
-# The generator: HTTP/1.1 by hand, so that it costs the shared cores little
+# One server under load
 
 
-@dataclass
-class Tally:
-    """What came back: seconds of each good answer, how many of each status, vectors that were wrong."""
-
-    latencies: list[float] = field(default_factory=list)
-    statuses: dict[int, int] = field(default_factory=dict)
-    wrong: int = 0
-    least_cosine: float = 1.0
-    elapsed_s: float = 0.0
-
-    @property
-    def rate(self) -> float:
-        return len(self.latencies) / self.elapsed_s if self.elapsed_s else 0.0
-
-    def quantile_ms(self, share: float) -> float:
-        return 1000 * float(np.quantile(self.latencies, share)) if self.latencies else float("nan")
-
-
-@dataclass(frozen=True)
-class Shot:
-    """A prepared request, with the vector that must come back (None: an error must)."""
-
-    payload: bytes
-    expected: np.ndarray[Any, Any] | None
+DEADLINE_S = 2.0  # of the open-loop rows
+Row = dict[str, float]
 
 
 class Target:
-    """One server's prepared requests, and connections to it that are kept open."""
+    """A running server with its prepared requests, and what must come back for each."""
 
-    def __init__(
-        self, peer: Peer, port: int, work: Work, *, corrupt_share: float = 0.0, timeout_ms: int = 0
-    ) -> None:
-        self.peer, self.port = peer, port
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
-        self._timeout_ms = timeout_ms
-        self.shots = [
-            Shot(self._request(peer.image_body(_uri(data))), vector)
-            for data, vector in zip(work.images, work.vectors, strict=True)
-        ]
-        self.text = Shot(self._request(peer.text_body(LONG_TEXT)), work.text_vector)
-        self.corrupt = Shot(self._request(peer.image_body(_uri(work.images[0][:5000]))), None)
+    def __init__(self, peer: Peer, port: int, leader: int, work: Work) -> None:
+        self.peer, self._port, self._leader = peer, port, leader
+        images = [peer.image_body(_uri(data)) for data in work.images]
+        bodies = [*images, peer.text_body(LONG_TEXT), peer.image_body(_uri(work.images[0][:5000]))]
+        self._num_images = len(images)
+        self._text, self._corrupt = len(images), len(images) + 1
+        # None: an error must come back.
+        self._expected = [*work.vectors, work.text_vector, None]
+        timeout = {"X_Request_Timeout_Ms": f"{1000 * DEADLINE_S:.0f}"}
+        encoded = [json.dumps(body).encode() for body in bodies]
+        self._patient = [post(peer.path, body) for body in encoded]
+        self._hurried = [post(peer.path, body, **timeout) for body in encoded]
         self._rng = random.Random(0)
-        self._corrupt_share = corrupt_share
 
-    def _request(self, body: dict[str, Any]) -> bytes:
-        content = json.dumps(body).encode()
-        extra = f"X-Request-Timeout-Ms: {self._timeout_ms}\r\n" if self._timeout_ms else ""
-        head = (
-            f"POST {self.peer.path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n{extra}"
-            f"Content-Length: {len(content)}\r\n\r\n"
-        )
-        return head.encode() + content
-
-    def pick(self) -> Shot:
-        return self.corrupt if self._rng.random() < self._corrupt_share else self._rng.choice(self.shots)
-
-    async def fire(self, shot: Shot, tally: Tally, *, since: float | None = None) -> None:
-        """Send one request, judge its answer, and note the time from `since` (else from now)."""
-        started = time.perf_counter() if since is None else since
-        status, body = await self._ask(shot.payload)
-        ended = time.perf_counter()
-        tally.statuses[status] = tally.statuses.get(status, 0) + 1
-        if status == 200 and shot.expected is not None:
-            tally.latencies.append(ended - started)
-            self._judge(body, shot.expected, tally)
-
-    async def _ask(self, payload: bytes) -> tuple[int, bytes]:
-        """Status and body. A connection that the server closed while it idled is replaced, as clients do;
-        a new one that closes without an answer, or is silent for ANSWER_S, counts as status 0.
-        """
+    def _picks(self, corrupt_share: float = 0.0) -> Iterator[int]:
         while True:
-            reused = bool(self._idle)
-            reader, writer = (
-                self._idle.pop() if reused else await asyncio.open_connection("127.0.0.1", self.port)
-            )
-            try:
-                writer.write(payload)
-                async with asyncio.timeout(ANSWER_S):
-                    status, body, keep = await _read_reply(reader)
-            except TimeoutError:
-                writer.close()
-                return 0, b""
-            except (asyncio.IncompleteReadError, ConnectionError):
-                writer.close()
-                if reused:
-                    continue
-                return 0, b""
-            if keep:
-                self._idle.append((reader, writer))
-            else:
-                writer.close()
-            return status, body
+            is_corrupt = self._rng.random() < corrupt_share
+            yield self._corrupt if is_corrupt else self._rng.randrange(self._num_images)
 
-    def _judge(self, body: bytes, expected: np.ndarray[Any, Any], tally: Tally) -> None:
-        vector = self.peer.vector(pydantic_core.from_json(body))
+    def closed(self, clients: int, seconds: float, *, corrupt_share: float = 0.0) -> Row:
+        """Closed loop with images."""
+        cpu_s = session_cpu_s(self._leader)
+        picks = self._picks(corrupt_share)
+        run = closed_loop(self._port, self._patient, picks, clients=clients, seconds=seconds)
+        return self._row(run, session_cpu_s(self._leader) - cpu_s)
+
+    def open(self, rate: float, seconds: float) -> Row:
+        """Open loop with images: Poisson arrivals at `rate` a second, each with a deadline of DEADLINE_S."""
+        cpu_s, rng = session_cpu_s(self._leader), random.Random(0)
+        gaps = (rng.expovariate(rate) for _ in itertools.count())
+        due = itertools.takewhile(lambda at: at < seconds, itertools.accumulate(gaps))
+        run = open_loop(self._port, self._hurried, self._picks(), due_s=due)
+        row = self._row(run, session_cpu_s(self._leader) - cpu_s)
+        good = [answer for answer in run.answers if answer.status == 200 and answer.seconds <= DEADLINE_S]
+        ended_at = max((answer.ended_at for answer in good), default=run.started_at)
+        row["in_time_per_s"] = len(good) / max(seconds, ended_at - run.started_at)
+        row["late_ms"] = 1000 * float(np.quantile(run.lateness_s, 0.99))  # the generator's own fault
+        return row
+
+    def answers_image(self) -> bool:
+        """Whether one image alone is answered."""
+        picks = self._picks()
+        return closed_loop(self._port, self._patient, picks, clients=1, seconds=0).answers[0].status == 200
+
+    def text_cosine(self) -> float:
+        """Of the long text's vector to open_clip's."""
+        picks = iter([self._text])
+        run = closed_loop(self._port, self._patient, picks, clients=1, seconds=0)
+        return self._cosine(run.answers[0])
+
+    def _row(self, run: Run, server_cpu_s: float) -> Row:
+        """Figures of a load. Every vector is compared here, when the clock has stopped."""
+        good = [answer for answer in run.answers if answer.status == 200 and answer.request != self._corrupt]
+        cosines = [self._cosine(answer) for answer in good]
+        latencies = [answer.seconds for answer in good] or [float("nan")]
+        used_s = server_cpu_s + run.client_cpu_s
+        return {
+            "per_s": len(good) / run.elapsed_s,
+            "p50_ms": 1000 * float(np.quantile(latencies, 0.5)),
+            "p99_ms": 1000 * float(np.quantile(latencies, 0.99)),
+            "wrong": sum(cosine < LEAST_COSINE for cosine in cosines),
+            "least_cosine": min(cosines, default=float("nan")),
+            "errors": len(run.answers) - len(good),
+            "silent": sum(answer.status == 0 for answer in run.answers),
+            "server_ms": 1000 * server_cpu_s / len(run.answers),
+            "client_ms": 1000 * run.client_cpu_s / len(run.answers),
+            "client_share": run.client_cpu_s / (CORES * run.elapsed_s),
+            "unused_share": 1 - used_s / (CORES * run.elapsed_s),
+        }
+
+    def _cosine(self, answer: Answer) -> float:
+        expected = self._expected[answer.request]
+        vector = self.peer.vector(pydantic_core.from_json(answer.body))
         row = np.frombuffer(base64.b64decode(vector), "<f4") if isinstance(vector, str) else np.array(vector)
-        cosine = float(row @ expected / max(np.linalg.norm(row), 1e-12))
-        tally.least_cosine = min(tally.least_cosine, cosine)
-        tally.wrong += cosine < LEAST_COSINE
-
-    def close(self) -> None:
-        """Close the connections: servers drop those that idle while another server is measured."""
-        for _, writer in self._idle:
-            writer.close()
-        self._idle.clear()
+        return float(row @ expected / max(np.linalg.norm(row), 1e-12))
 
 
 def _uri(data: bytes) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data).decode()
 
 
-async def _read_reply(reader: asyncio.StreamReader) -> tuple[int, bytes, bool]:
-    head = await reader.readuntil(b"\r\n\r\n")
-    lines = head.decode("latin-1").split("\r\n")
-    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
-    if headers.get("transfer-encoding") == "chunked":
-        body = b""
-        while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
-            body += (await reader.readexactly(size + 2))[:-2]
-        await reader.readuntil(b"\r\n")
-    else:
-        body = await reader.readexactly(int(headers["content-length"]))
-    return int(lines[0].split()[1]), body, headers.get("connection", "").lower() != "close"
-
-
-async def closed_loop(target: Target, clients: int, seconds: float) -> Tally:
-    """`clients` with one request under way each, for `seconds`."""
-    tally = Tally()
-    until = time.perf_counter() + seconds
-    started = time.perf_counter()
-
-    async def client() -> None:
-        while time.perf_counter() < until:
-            await target.fire(target.pick(), tally)
-
-    await asyncio.gather(*(client() for _ in range(clients)))
-    tally.elapsed_s = time.perf_counter() - started
-    target.close()
-    return tally
-
-
-async def open_loop(target: Target, rate: float, seconds: float, *, seed: int = 0) -> Tally:
-    """Poisson arrivals at `rate` a second; each timed from when it was meant to be sent."""
-    tally, rng, tasks = Tally(), random.Random(seed), []
-    started = time.perf_counter()
-    due = started
-    while (due := due + rng.expovariate(rate)) < started + seconds:
-        await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        tasks.append(asyncio.ensure_future(target.fire(target.pick(), tally, since=due)))
-    await asyncio.gather(*tasks)
-    tally.elapsed_s = max(seconds, time.perf_counter() - started)
-    target.close()
-    return tally
-
-
 # Limits: what the hardware could do without a server
 
 
-def limits(folder: Path, work: Work, *, seconds: float = 3.0) -> dict[str, float]:
-    """images/s of the forward pass alone, and of decode + preparation + forward over all cores, in plain
-    processes.
-    """
-    code = (
-        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
-        "from benchmarks.serve import _limit_worker\n"
-        "_limit_worker(sys.argv[2], sys.argv[3], int(sys.argv[4]), float(sys.argv[5]))"
-    )
-    cores = len(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory() as scratch:
+class Bare:
+    """Plain processes that do a server's work without a server. They wait, and run when they are asked to."""
+
+    def __init__(self, folder: Path, work: Work, stack: ExitStack) -> None:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
         for index, data in enumerate(work.images):
             Path(scratch, f"{index}.jpg").write_bytes(data)
 
-        def run(what: str, processes: int, threads: int) -> float:
-            environ = {**os.environ, "OMP_NUM_THREADS": str(threads), "BENCH_IMAGES": scratch}
-            arguments = [str(REPOSITORY), what, str(folder), str(threads), str(seconds)]
-            started = [
-                subprocess.Popen(
-                    [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True, env=environ
-                )
-                for _ in range(processes)
-            ]
-            return sum(float(process.communicate()[0]) for process in started)
+        def start(threads: int) -> subprocess.Popen[str]:
+            code = "import sys; from benchmarks.serve import bare_worker; bare_worker(*sys.argv[1:])"
+            worker = subprocess.Popen(
+                [sys.executable, "-c", code, str(folder), scratch, str(threads)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            )  # fmt: skip
+            stack.enter_context(worker)
+            stack.callback(worker.kill)
+            return worker
 
+        self._one_each = [start(1) for _ in range(CORES)]
+        self._all_in_one = [start(CORES)]
+
+    def rates(self, seconds: float) -> Row:
+        """images/s: of the forward pass alone, and of decode + preparation + forward, on all cores."""
         return {
-            "forward_per_s": max(run("forward", 1, cores), run("forward", cores, 1)),
-            "pipeline_per_s": run("pipeline", cores, 1),
+            "forward_per_s": max(
+                self._rate(workers, "forward", seconds) for workers in (self._one_each, self._all_in_one)
+            ),
+            "pipeline_per_s": self._rate(self._one_each, "pipeline", seconds),
         }
 
+    def _rate(self, workers: Sequence[subprocess.Popen[str]], what: str, seconds: float) -> float:
+        for worker in workers:
+            assert worker.stdin is not None
+            print(what, seconds, file=worker.stdin, flush=True)
+        total = 0.0
+        for worker in workers:
+            assert worker.stdout is not None
+            total += float(worker.stdout.readline())
+        return total
 
-def _limit_worker(what: str, folder: str, threads: int, seconds: float) -> None:
-    """Images a second of one process, printed. Batches of 32."""
+
+def bare_worker(folder: str, images: str, threads: str) -> None:
+    """For each line `WHAT SECONDS` on standard input, print the images a second of this process."""
     from serve.images import ImageLimits, decode_image
     from serve.settings import Settings
     from serve.torch_runtime import TorchRuntime, load_runtime
 
-    settings = Settings.model_validate({"models": [folder], "device_threads": threads})
+    settings = Settings.model_validate({"models": [folder], "device_threads": int(threads)})
     runtime = load_runtime(settings.models[0], settings)
     assert isinstance(runtime, TorchRuntime)
-    files = [path.read_bytes() for path in sorted(Path(os.environ["BENCH_IMAGES"]).iterdir())]
+    files = [path.read_bytes() for path in sorted(Path(images).iterdir())]
     prepared = [runtime.prepare_image(decode_image(data, ImageLimits())) for data in files]
     runtime.encode_images(prepared)
-    done, started = 0, time.perf_counter()
-    while time.perf_counter() < started + seconds:
-        if what == "pipeline":
-            prepared = [runtime.prepare_image(decode_image(data, ImageLimits())) for data in files]
-        runtime.encode_images(prepared)
-        done += len(prepared)
-    print(done / (time.perf_counter() - started))
+    for line in sys.stdin:
+        what, seconds = line.split()
+        done, started = 0, time.perf_counter()
+        while time.perf_counter() < started + float(seconds):
+            if what == "pipeline":
+                prepared = [runtime.prepare_image(decode_image(data, ImageLimits())) for data in files]
+            runtime.encode_images(prepared)
+            done += len(prepared)
+        print(done / (time.perf_counter() - started), flush=True)
 
 
 # The run
 
 
-def measure(peer: Peer, work: Work, scenario: Callable[[Target], Any], **options: Any) -> Any:
-    """Start a peer, warm it up, check its text vector, run the scenario."""
-    with running(peer) as (port, _):
-        target = Target(peer, port, work, **options)
-
-        async def run() -> Any:
-            await closed_loop(target, 8, 1.5)
-            check = Tally()
-            await target.fire(target.text, check)
-            target.close()
-            result = await scenario(target)
-            return result, check
-
-        return asyncio.run(run())
-
-
-def rounds(found: Sequence[Peer], args: argparse.Namespace, work: Work) -> dict[str, Any]:
-    """Closed loop at each concurrency, servers up all the time, orders alternating; one server twice as
-    control.
+def rounds(found: Sequence[Peer], args: argparse.Namespace, work: Work, folder: Path) -> dict[str, Any]:
+    """Closed loop at each concurrency, and the limits, in every round. Servers are up all the time, and
+    stopped while they are not measured; orders alternate; one server is entered twice as a control.
     """
     entries = [(peer.name, peer) for peer in found] + (
         [("clipstack again", found[0])] if args.control else []
     )
-    results: dict[str, dict[str, list[dict[str, float]]]] = {name: {} for name, _ in entries}
-    texts: dict[str, float] = {}
-    with ExitStack() as stack:
-        started = {name: stack.enter_context(running(peer)) for name, peer in entries}
-        targets = {name: Target(peer, started[name][0], work) for name, peer in entries}
-
-        async def run() -> None:
-            for name, target in targets.items():
-                await closed_loop(target, 8, 2.0)
-                check = Tally()
-                await target.fire(target.text, check)
-                target.close()
-                texts[name] = check.least_cosine
-                os.killpg(started[name][1], signal.SIGSTOP)  # only the server that is measured may run
-            for number in range(args.rounds):
-                order = list(targets.items())
-                for name, target in order if number % 2 == 0 else order[::-1]:
-                    os.killpg(started[name][1], signal.SIGCONT)
-                    for clients in args.clients:
-                        tally = await closed_loop(target, clients, args.seconds)
-                        results[name].setdefault(str(clients), []).append(_row(tally))
-                    os.killpg(started[name][1], signal.SIGSTOP)
-                print(f"round {number + 1}/{args.rounds}", file=sys.stderr)
-
-        asyncio.run(run())
-    return {"closed": results, "text_cosine": texts}
-
-
-def _row(tally: Tally) -> dict[str, float]:
-    return {
-        "per_s": tally.rate,
-        "p50_ms": tally.quantile_ms(0.5),
-        "p99_ms": tally.quantile_ms(0.99),
-        "wrong": tally.wrong,
-        "least_cosine": tally.least_cosine,
-        "errors": sum(count for status, count in tally.statuses.items() if status != 200),
+    results: dict[str, dict[str, list[Row]]] = {
+        name: {str(clients): [] for clients in args.clients} for name, _ in entries
     }
+    texts: dict[str, float] = {}
+    limits: list[Row] = []
+    with ExitStack() as stack:
+        bare = Bare(folder, work, stack) if args.limits else None
+        started = {name: stack.enter_context(running(peer)) for name, peer in entries}
+        targets = {name: Target(peer, *started[name], work) for name, peer in entries}
+        for name, target in targets.items():
+            target.closed(8, 2.0)
+            texts[name] = target.text_cosine()
+            os.killpg(started[name][1], signal.SIGSTOP)  # only the server that is measured may run
+        for number in range(args.rounds):
+            if bare is not None:
+                limits.append(bare.rates(args.seconds))
+            order = list(targets.items())
+            for name, target in order if number % 2 == 0 else order[::-1]:
+                os.killpg(started[name][1], signal.SIGCONT)
+                target.closed(1, 0.2)
+                for clients in args.clients:
+                    results[name][str(clients)].append(target.closed(clients, args.seconds))
+                os.killpg(started[name][1], signal.SIGSTOP)
+            print(f"round {number + 1}/{args.rounds}", file=sys.stderr)
+    return {"closed": results, "text_cosine": texts, "limits": limits}
 
 
-async def _saturation(target: Target) -> float:
-    return (await closed_loop(target, 32, 4.0)).rate
+class Revived:
+    """A peer that is started again whenever it does not answer any more."""
+
+    def __init__(self, peer: Peer, work: Work) -> None:
+        self._peer, self._work = peer, work
+        self._stack = ExitStack()
+        self.starts = 0
+
+    def __enter__(self) -> Revived:
+        self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _start(self) -> None:
+        port, leader = self._stack.enter_context(running(self._peer))
+        self._target = Target(self._peer, port, leader, self._work)
+        self._target.closed(8, 2.0)
+        self.starts += 1
+
+    def target(self) -> Target:
+        """The peer, answering."""
+        if not self._target.answers_image():
+            self._stack.close()
+            self._start()
+        return self._target
 
 
 def open_scenarios(peer: Peer, work: Work, seconds: float) -> dict[str, Any]:
-    """Open loop at shares of saturation, goodput at twice it, and the same with 1 % of the images corrupt."""
-
-    async def scenario(target: Target) -> dict[str, Any]:
-        top = await _saturation(target)
+    """Open loop at shares of its saturation, goodput at twice it, and closed loop with 1 % of the images
+    corrupt.
+    """
+    with Revived(peer, work) as revived:
+        top = revived.target().closed(32, 4.0)["per_s"]
         out: dict[str, Any] = {"saturation_per_s": top}
-        for share in (0.5, 0.7, 0.9):
-            out[f"open {share:.0%}"] = _row(await open_loop(target, top * share, seconds))
-        overload = await open_loop(target, top * 2, seconds)
-        out["overload 2x"] = _row(overload) | {"goodput_share": overload.rate / top}
-        target._corrupt_share = 0.01
-        out["1 % corrupt"] = _row(await closed_loop(target, 32, seconds))
-        return out
+        for share in (0.5, 0.7, 0.9, 2.0):
+            row = revived.target().open(top * share, seconds)
+            out[f"open {share:.0%}"] = row | {"in_time_share": row["in_time_per_s"] / top}
+        out["1 % corrupt"] = revived.target().closed(32, seconds, corrupt_share=0.01)
+        out["answers afterwards"] = float(revived._target.answers_image())
+        out["starts"] = revived.starts
+    return out
 
-    result, _ = measure(peer, work, scenario, timeout_ms=2000)
-    return dict(result)
+
+# The report
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
 def summary(report: dict[str, Any]) -> str:
-    lines = [f"{'':18}" + "".join(f"{f'C={clients}':>26}" for clients in report["clients"])]
-    lines.append(f"{'images/s · p50 ms':18}")
-    for name, by_clients in report["closed"].items():
-        cells = []
-        for clients in report["clients"]:
-            rows = by_clients[str(clients)]
-            rate = statistics.median(row["per_s"] for row in rows)
-            p50 = statistics.median(row["p50_ms"] for row in rows)
-            cells.append(f"{rate:12.1f} · {p50:8.1f} ms")
-        lines.append(f"{name:18}" + "".join(f"{cell:>26}" for cell in cells))
-    for name in report["closed"]:
+    """Tables of medians over the rounds; ratios are those of each round."""
+    lines = [_line("", [f"C={clients}" for clients in report["clients"]])]
+    for title, cell in (
+        ("images/s · p50 ms", lambda row: "{per_s:.1f} · {p50_ms:.1f} ms".format(**row)),
+        (
+            "server + client ms, unused",
+            lambda row: "{server_ms:.1f} + {client_ms:.2f}, {unused_share:.0%}".format(**row),
+        ),
+    ):
+        lines += ["", title]
+        for name, rows in report["closed"].items():
+            lines.append(_line(name, [cell(_medians(rows[str(c)])) for c in report["clients"]]))
+    ours = report["closed"]["clipstack"]
+    lines += ["", "images/s of clipstack over"]
+    for name, rows in report["closed"].items():
         if name != "clipstack":
+            pairs = [_ratios(ours[str(c)], rows[str(c)]) for c in report["clients"]]
+            lines.append(_line(name, [_spread(ratios) for ratios in pairs]))
+    return "\n".join([*lines, *_limit_lines(report, ours)])
+
+
+def _line(name: str, cells: Sequence[str]) -> str:
+    return f"{name:28}" + "".join(f"{cell:>26}" for cell in cells)
+
+
+def _medians(rows: Sequence[Row]) -> Row:
+    return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+
+
+def _ratios(ours: Sequence[Row], theirs: Sequence[Row]) -> list[float]:
+    pairs = zip(ours, theirs, strict=True)
+    return [mine["per_s"] / max(other["per_s"], 1e-9) for mine, other in pairs]
+
+
+def _limit_lines(report: dict[str, Any], ours: dict[str, list[Row]]) -> list[str]:
+    """The server's rate as a share of what plain processes do on all cores in the same round. The second
+    figure is the share of what the client's own processor time leaves of that.
+    """
+    if not report["limits"]:
+        return []
+    medians = _medians(report["limits"])
+    lines = ["", "images/s of plain processes: forward {forward_per_s:.1f}, "
+             "decode + preparation + forward {pipeline_per_s:.1f}".format(**medians)]  # fmt: skip
+    for name, key in (("eta_fwd", "forward_per_s"), ("eta_pipe", "pipeline_per_s")):
+        for suffix, counts_client in (("", False), (" of what the client leaves", True)):
             cells = []
             for clients in report["clients"]:
-                pairs = zip(
-                    report["closed"]["clipstack"][str(clients)],
-                    report["closed"][name][str(clients)],
-                    strict=True,
-                )
-                ratios = [ours["per_s"] / max(theirs["per_s"], 1e-9) for ours, theirs in pairs]
-                cells.append(f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})")
-            lines.append(f"{'ours / ' + name:18}"[:18] + "".join(f"{cell:>26}" for cell in cells))
-    return "\n".join([*lines, *_limit_lines(report)])
-
-
-def _limit_lines(report: dict[str, Any]) -> list[str]:
-    if "limits" not in report:
-        return []
-    rows = report["closed"]["clipstack"][str(max(report["clients"]))]
-    best = statistics.median(row["per_s"] for row in rows)
-    forward, pipeline = report["limits"]["forward_per_s"], report["limits"]["pipeline_per_s"]
-    return [
-        f"limits: forward {forward:.1f}/s, decode + preparation + forward {pipeline:.1f}/s",
-        f"eta_fwd {best / forward:.3f}   eta_pipe {best / pipeline:.3f}",
-    ]
+                pairs = zip(ours[str(clients)], report["limits"], strict=True)
+                cells.append(
+                    _spread(
+                        [row["per_s"] / limit[key] / (1 - counts_client * row["client_share"])
+                         for row, limit in pairs]
+                    )
+                )  # fmt: skip
+            lines.append(_line(name + suffix, cells))
+    return lines
 
 
 def main() -> int:
@@ -698,7 +671,7 @@ def main() -> int:
     parser.add_argument(
         "--photos", type=Path, metavar="TAR", help="shard of photographs to send; else made-up pictures"
     )
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=10, help="0: only the open loop")
     parser.add_argument("--seconds", type=float, default=2.0, help="length of one measurement")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument(
@@ -719,10 +692,9 @@ def main() -> int:
         work = make_work(ours, args.photos)
         found = peers(args, ours, theirs, Path(scratch))
         report: dict[str, Any] = {"model": args.model, "clients": args.clients}
-        if args.limits:
-            report["limits"] = limits(ours, work)
-        report |= rounds(found, args, work)
-        print(summary(report), flush=True)
+        if args.rounds:
+            report |= rounds(found, args, work, ours)
+            print(summary(report), flush=True)
         if args.open:
             report["open"] = {peer.name: open_scenarios(peer, work, args.open) for peer in found}
     print(json.dumps({key: report[key] for key in ("text_cosine", "open") if key in report}, indent=1))

@@ -35,6 +35,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         title="clipstack serve",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # a client that is redirected may lose its body, or send it elsewhere
         lifespan=partial(_lifespan, settings=settings, loaders=loaders),
         middleware=[
             Middleware(Edge, service_of=lambda: app.state.service),

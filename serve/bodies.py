@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
-import pydantic_core
+import jiter
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -24,6 +24,7 @@ MAX_PARTS = 5000  # of an upload; how many may be images or texts is checked wit
 # Lists and objects of a JSON body. Three bytes make a list of some 80 bytes in memory, so that a body within
 # its limit could fill the memory and hold the event loop for seconds while it is parsed.
 MAX_CONTAINERS = 200_000
+MAX_JSON_ERROR_CHARS = 300  # it may quote a name of the client's
 MAX_PARAM_CHARS = 200  # of a field's name in an error: unknown names are the client's, and may be long
 
 
@@ -110,9 +111,13 @@ def _parse_json(body: bytes) -> Any:
         message = f"the body holds more than {MAX_CONTAINERS} lists and objects: send several requests"
         raise ServeError(ErrorCode.TOO_MANY_ITEMS, message)
     try:
-        return pydantic_core.from_json(body, allow_inf_nan=False, cache_strings="keys")
+        # Of two equal names some readers believe the first and some the last: a proxy that checks one of them
+        # and a server that acts on the other is a hole, so such a body is refused.
+        return jiter.from_json(body, allow_inf_nan=False, cache_mode="keys", catch_duplicate_keys=True)
     except ValueError as error:
-        raise ServeError(ErrorCode.INVALID_JSON, f"the body is not valid JSON: {error}") from error
+        raise ServeError(
+            ErrorCode.INVALID_JSON, f"the body is not valid JSON: {error}"[:MAX_JSON_ERROR_CHARS]
+        ) from error
 
 
 def validated(schema: type[B], value: Any, *, strict: bool) -> B:
@@ -171,14 +176,20 @@ async def _parse_multipart(
         message = "the multipart body ends before its closing boundary; it was probably cut in transfer"
         raise ServeError(ErrorCode.INVALID_REQUEST, message)
     fields: dict[str, Any] = {}
+    twice: str | None = None
     for name, part in form.multi_items():
         if isinstance(part, UploadFile):
             fields.setdefault(uploads, []).append(await part.read())
         elif name == uploads or _takes_list(schema, name):
             fields.setdefault(name, []).append(part)
+        elif name in fields:
+            twice = name
         else:
             fields[name] = part
     await form.close()
+    if twice is not None:
+        message = "this field takes one value and is given twice"
+        raise ServeError(ErrorCode.INVALID_REQUEST, message, param=param_of((twice,)))
     if fields.get("templates") in (["openai"], ["simple"]):
         fields["templates"] = fields["templates"][0]
     return fields

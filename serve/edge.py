@@ -69,6 +69,9 @@ class Edge:
         scope["root_path"] = service.settings.root_path or scope.get("root_path", "")
         trace = Trace(_request_id(Headers(scope=scope)), time.monotonic())
         scope.setdefault("state", {})["trace"] = trace
+        method = scope["method"]
+        if method == "HEAD":  # whatever answers GET; what holds the connection sends the head alone
+            scope = {**scope, "method": "GET"}
         body = _BodyWatch(receive, Headers(scope=scope))
         reply = _Reply(send, trace, body, service)
         service.in_flight += 1
@@ -76,16 +79,20 @@ class Edge:
             await self._app(scope, body.receive, reply.send)
         except ClientDisconnect:
             trace.status = CLIENT_LEFT
+        except asyncio.CancelledError:
+            # The grace period is over. Cancelling asks for an end, and an answer is one.
+            if not service.draining or trace.status != 0:
+                raise
+            await error_response(draining(), trace)(scope, body.receive, reply.send)
         finally:
             service.in_flight -= 1
             service.answered += 1
-            self._record(service, scope, trace)
+            self._record(service, scope, trace, method if method in _METHODS else "other")
 
-    def _record(self, service: Service, scope: Scope, trace: Trace) -> None:
+    def _record(self, service: Service, scope: Scope, trace: Trace, method: str) -> None:
         seconds = time.monotonic() - trace.arrived_at
         route = getattr(scope.get("route"), "path", "other")
         status = trace.status or 500
-        method = scope["method"] if scope["method"] in _METHODS else "other"
         service.metrics.requests.labels(method, route, str(status)).inc()
         service.metrics.latency.labels(route).observe(seconds)
         if trace.code is not None:
@@ -139,8 +146,6 @@ def admit(service: Service, scope: Scope) -> None:
     """Raises ServeError draining, unauthorized or rate_limited. What is not on a list of open paths needs a
     token.
     """
-    from serve.service import draining
-
     path = route_path(scope)
     if service.draining and path not in ALIVE_PATHS:
         raise draining()
@@ -160,6 +165,12 @@ def admit(service: Service, scope: Scope) -> None:
         caller = str((scope.get("client") or ("",))[0])
     if path not in ALIVE_PATHS:
         service.limiter.take(caller)
+
+
+def draining() -> ServeError:
+    return ServeError(
+        ErrorCode.DRAINING, "this server is shutting down; send the request elsewhere", retry_after_s=1.0
+    )
 
 
 def route_path(scope: Scope) -> str:

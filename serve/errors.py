@@ -39,6 +39,7 @@ class ErrorCode(StrEnum):
     IMAGE_TOO_LARGE = "image_too_large"
     TOO_MANY_PIXELS = "too_many_pixels"
     TOO_MANY_ITEMS = "too_many_items"
+    LABEL_SETS_FULL = "label_sets_full"
     UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
     IMAGE_FORMAT_UNSUPPORTED = "image_format_unsupported"
     IMAGE_ANIMATED = "image_animated"
@@ -82,6 +83,7 @@ _STATUS = {
     ErrorCode.IMAGE_TOO_LARGE: 413,
     ErrorCode.TOO_MANY_PIXELS: 413,
     ErrorCode.TOO_MANY_ITEMS: 413,
+    ErrorCode.LABEL_SETS_FULL: 413,
     ErrorCode.UNSUPPORTED_MEDIA_TYPE: 415,
     ErrorCode.IMAGE_FORMAT_UNSUPPORTED: 415,
     ErrorCode.IMAGE_ANIMATED: 415,

@@ -33,8 +33,9 @@ class LabelSetStore:
     transaction.
     """
 
-    def __init__(self, path: Path, *, max_sets: int) -> None:
+    def __init__(self, path: Path, *, max_sets: int, max_bytes: int) -> None:
         self._max_sets = max_sets
+        self._max_bytes = max_bytes
         self._lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,15 +64,23 @@ class LabelSetStore:
 
     def put(self, label_set: LabelSet) -> bool:
         """Store under its id, in place of an older one. True where the id is new. Raises ServeError
-        too_many_items.
+        too_many_items or label_sets_full.
         """
         row = (label_set.id, json.dumps(label_set.labels), json.dumps(label_set.templates))
         with self._lock:
             known = self._db.execute("SELECT 1 FROM label_sets WHERE id = ?", row[:1]).fetchone() is not None
-            (count,) = self._db.execute("SELECT count(*) FROM label_sets").fetchone()
-            if not known and count >= self._max_sets:
+            # JSON as we write it is ASCII: as many bytes as characters.
+            count, size_bytes = self._db.execute(
+                "SELECT count(*), coalesce(sum(length(labels) + length(templates)), 0) FROM label_sets "
+                "WHERE id != ?",
+                row[:1],
+            ).fetchone()
+            if count >= self._max_sets:
                 message = f"this server keeps {self._max_sets} label sets; delete one first"
                 raise ServeError(ErrorCode.TOO_MANY_ITEMS, message)
+            if size_bytes + len(row[1]) + len(row[2]) > self._max_bytes:
+                message = f"this server keeps {self._max_bytes} bytes of label sets; delete one first"
+                raise ServeError(ErrorCode.LABEL_SETS_FULL, message)
             self._db.execute("INSERT OR REPLACE INTO label_sets VALUES (?, ?, ?)", row)
         return not known
 

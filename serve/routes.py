@@ -203,10 +203,8 @@ async def _question(service: Service, asked: schemas.ClassifyRequest) -> Questio
         templates = parse_templates(
             asked.templates, limit=settings.max_templates, max_chars=settings.max_text_chars
         )
-    if not is_registered and len(labels) * len(templates) > settings.max_prompts:
-        raise too_many(len(labels) * len(templates), "prompts (labels x templates)", settings.max_prompts).at(
-            "labels"
-        )
+    if not is_registered:
+        _check_prompts(labels, templates, settings.max_prompts)
     return Question(
         labels,
         templates,
@@ -215,6 +213,12 @@ async def _question(service: Service, asked: schemas.ClassifyRequest) -> Questio
         multi_label=asked.multi_label,
         abstain_below=asked.abstain_below,
     )
+
+
+def _check_prompts(labels: tuple[str, ...], templates: tuple[str, ...], limit: int) -> None:
+    """Raises ServeError too_many_items."""
+    if (count := len(labels) * len(templates)) > limit:
+        raise too_many(count, "prompts (labels x templates)", limit).at("labels")
 
 
 @router.post("/v1/similarity")
@@ -271,6 +275,7 @@ async def put_label_set(request: Request, set_id: SetId) -> Response:
         templates = parse_templates(
             asked.templates, limit=settings.max_templates, max_chars=settings.max_text_chars
         )
+        _check_prompts(labels, templates, settings.max_label_set_prompts)
         versions = [model.version for model in service.models.values()]
         for version in versions:
             await version.check_labels(labels, templates, deadline=call.deadline)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import math
 import signal
 import socket
 import time
@@ -24,6 +23,7 @@ logger = logging.getLogger("serve")
 BACKLOG = 2048
 _NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # a name may have addresses that this host lacks
 LAST_WORDS_S = 0.2  # for requests on connections that were made before the port closed
+UVICORN_WAIT_S = 0.1
 
 
 KEEP_ALIVE_S = 75
@@ -60,7 +60,7 @@ class Server(uvicorn.Server):
             self._begin_drain()
             waited_s = time.monotonic() - self._stop_asked_at
             drained = self._service.in_flight == 0 and waited_s >= self._settings.drain_delay_s
-            if drained or waited_s >= self._settings.grace_s:
+            if drained or self._grace_left_s() == 0:
                 return True
         return await super().on_tick(counter)
 
@@ -68,11 +68,16 @@ class Server(uvicorn.Server):
         """Close the port, answer what had reached it by then, and only then close the connections."""
         for server in self.servers:
             server.close()
-        await asyncio.sleep(LAST_WORDS_S)
-        if self._stop_asked_at is not None:  # what the drain took of the grace period is gone
-            left_s = self._settings.grace_s - (time.monotonic() - self._stop_asked_at)
-            self.config.timeout_graceful_shutdown = max(1, math.ceil(left_s))
+        if self._stop_asked_at is not None:
+            await asyncio.sleep(min(LAST_WORDS_S, self._grace_left_s()))
+        # uvicorn hands it to asyncio, which takes fractions of a second; what is left then is cancelled.
+        self.config.timeout_graceful_shutdown = self._grace_left_s()  # type: ignore[assignment]
         await super().shutdown(sockets)
+
+    def _grace_left_s(self) -> float:
+        """What the drain has left of the grace period, less the wait that uvicorn's shutdown begins with."""
+        since_s = 0.0 if self._stop_asked_at is None else time.monotonic() - self._stop_asked_at
+        return max(0.0, self._settings.grace_s - since_s - UVICORN_WAIT_S)
 
     def _begin_drain(self) -> None:
         if not self._service.draining:
@@ -108,22 +113,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
 
 def run_server(app: FastAPI, settings: Settings) -> int:
     """Serve until a signal. Returns the exit status; raises ClipstackError for mistakes of the user."""
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=bool(settings.trusted_proxies),
-        forwarded_allow_ips=list(settings.trusted_proxies),
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=max(1, round(settings.grace_s)),
-        ws="none",
-        lifespan="on",
-        http=GuardedProtocol,
-    )
-    server = Server(config, app, settings)
+    server = Server(config_of(app, settings), app, settings)
     sockets = listen(settings.host, settings.port)
     logger.info("listening", extra={"addresses": [listener.getsockname()[:2] for listener in sockets]})
     server.run(sockets)
@@ -134,3 +124,21 @@ def run_server(app: FastAPI, settings: Settings) -> int:
         raise service.load_error
     logger.info("stopped", extra={"answered": service.answered})
     return 0
+
+
+def config_of(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """uvicorn's side of the settings. X-Forwarded-For and -Proto count only from a trusted proxy."""
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=list(settings.trusted_proxies),
+        timeout_keep_alive=KEEP_ALIVE_S,
+        ws="none",
+        lifespan="on",
+        http=GuardedProtocol,
+    )

@@ -12,6 +12,7 @@ from clipstack.errors import ClipstackError
 from serve.batching import BatchLimits, Budget, Kind
 from serve.bodies import ByteBudget
 from serve.decoding import DecodePool
+from serve.edge import draining
 from serve.errors import ErrorCode, ServeError
 from serve.gallery import Gallery
 from serve.images import ImageLimits
@@ -82,10 +83,26 @@ class Service:
         """Load every model. Raises ClipstackError, unless told to load in the background: then `load_error`
         has it.
         """
+        loading = asyncio.ensure_future(self._load_all())
         if self.settings.load_in_background:
-            self.in_background(self._load_or_note())
+            self._background.add(loading)
+            loading.add_done_callback(self._loaded)
         else:
-            await self._load_all()
+            await loading
+
+    def _loaded(self, loading: asyncio.Future[None]) -> None:
+        """Note what ended the loading. Whatever it was, a server without its models must not look as if it
+        were still loading them.
+        """
+        self._background.discard(loading)
+        error = None if loading.cancelled() else loading.exception()
+        if error is None:
+            return
+        if isinstance(error, ClipstackError):
+            self.load_error = error
+        else:
+            self.load_error = ClipstackError(f"the server cannot start ({type(error).__name__}: {error})")
+        logger.error("start failed", extra={"reason": str(self.load_error)}, exc_info=error)
 
     @property
     def label_sets(self) -> LabelSetStore:
@@ -96,7 +113,9 @@ class Service:
 
     async def _load_all(self) -> None:
         settings = self.settings
-        self._label_sets = LabelSetStore(settings.label_set_path, max_sets=settings.max_label_sets)
+        self._label_sets = LabelSetStore(
+            settings.label_set_path, max_sets=settings.max_label_sets, max_bytes=settings.max_label_set_bytes
+        )
         if settings.gallery is not None:  # read first: its mistakes show before a model has been loaded
             self.gallery = await asyncio.to_thread(
                 Gallery.read,
@@ -106,12 +125,6 @@ class Service:
             )
         for model in self.models.values():
             await self.load(model)
-
-    async def _load_or_note(self) -> None:
-        try:
-            await self._load_all()
-        except ClipstackError as error:
-            self.load_error = error
 
     async def load(self, model: ServedModel) -> tuple[Version | None, Version]:
         """Load or reload one model; the version before and the one that answers now. Raises ClipstackError.
@@ -146,10 +159,12 @@ class Service:
     def model(self, name: str | None) -> ServedModel:
         """The model of a request; the first where it names none. Raises ServeError model_not_found."""
         if name is None:
-            return next(iter(self.models.values()))
+            name = next(iter(self.models))
         if name not in self.models:
             message = "this server has no model of that name; GET /v1/models lists them"
             raise ServeError(ErrorCode.MODEL_NOT_FOUND, message, param="model")
+        if self.load_error is not None:
+            raise _start_failed()
         return self.models[name]
 
     def warm(self, version: Version, labels: tuple[str, ...], templates: tuple[str, ...]) -> None:
@@ -173,6 +188,8 @@ class Service:
         """
         if self.draining:
             raise draining()
+        if self.load_error is not None:
+            raise _start_failed()
         now = time.monotonic()
         if self._ready is None or (self._ready[1].done() and now - self._ready[0] > READY_FOR_S):
             self._ready = (now, asyncio.ensure_future(self._probe()))
@@ -204,16 +221,16 @@ class Service:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         await self.matrices.close()
-        self.decoder.close()
-        self._device.shutdown(wait=True, cancel_futures=True)
+        # In a thread: what still runs may take its time, and last replies are on their way out meanwhile.
+        await asyncio.to_thread(self.decoder.close)
+        await asyncio.to_thread(self._device.shutdown, wait=True, cancel_futures=True)
         if self._label_sets is not None:
             self._label_sets.close()
 
 
-def draining() -> ServeError:
-    return ServeError(
-        ErrorCode.DRAINING, "this server is shutting down; send the request elsewhere", retry_after_s=1.0
-    )
+def _start_failed() -> ServeError:
+    message = "the server could not load what it is to serve; its log has the reason"
+    return ServeError(ErrorCode.NOT_READY, message, retry_after_s=60.0)
 
 
 def _not_ready() -> ServeError:

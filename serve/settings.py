@@ -149,8 +149,12 @@ class Settings(Frozen):
     """Most templates of a request or label set."""
     max_prompts: int = Field(default=4096, ge=1)
     """Most labels times templates of a classify request."""
+    max_label_set_prompts: int = Field(default=100_000, ge=1)
+    """Most labels times templates of a registered label set: all are encoded when it is registered."""
     max_label_sets: int = Field(default=1000, ge=1)
     """Most registered label sets."""
+    max_label_set_bytes: int = Field(default=16 * MIB, ge=1)
+    """Most bytes of all registered label sets together, as they are stored."""
     label_cache_bytes: int = Field(default=256 * MIB, ge=0)
     """Memory for classifier matrices of labels seen before."""
 

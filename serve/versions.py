@@ -7,14 +7,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
+from clipstack.errors import ClipstackError
 from serve.batching import Batcher, BatchLimits, BatchObserver, Budget, Clock, Kind, deadline_exceeded
 from serve.decoding import DecodePool
 from serve.errors import ErrorCode, ServeError
@@ -31,6 +33,7 @@ INLINE_TEXTS = 8
 INLINE_CHARS = 2000
 CHECKED_LABELS = 256  # at a time: their prompts are in memory at once
 FOREVER = float("inf")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,20 +78,19 @@ def self_test(runtime: Runtime) -> Canary:
     return Canary(image, text, alone[0], alone[1])
 
 
-def accept(runtime: Runtime) -> Canary:
-    """`self_test`, in which an engine that fails outright has failed the test."""
-    try:
-        return self_test(runtime)
-    except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
-        raise SelfTestError(f"self-test: the model cannot encode ({type(error).__name__})") from error
+async def or_refuse(work: Awaitable[T], what: str) -> T:
+    """The result of `work`. Raises ClipstackError for whatever went wrong in it.
 
-
-def load_or_refuse(load: RuntimeLoader) -> Runtime:
-    """The loaded model. Raises ClipstackError, also for what an engine raises, as when memory is short."""
-    try:
-        return load()
-    except (RuntimeError, ValueError, LookupError, ArithmeticError, MemoryError, OSError) as error:
-        raise SelfTestError(f"the model cannot be loaded ({type(error).__name__}: {error})") from error
+    An engine raises what it likes. Its exception is asked for, not caught, so that none is missed.
+    """
+    task = asyncio.ensure_future(work)
+    await asyncio.wait([task])
+    error = task.exception()
+    if error is None:
+        return task.result()
+    if isinstance(error, ClipstackError):
+        raise error
+    raise SelfTestError(f"{what} ({type(error).__name__}: {error})") from error
 
 
 def canary_image(runtime: Runtime) -> UInt8:
@@ -338,8 +340,9 @@ class ServedModel:
             raise ServeError(ErrorCode.RELOAD_IN_PROGRESS, "this model is being reloaded already")
         async with self._reloading:
             shared = self._machinery
-            runtime = await asyncio.to_thread(load_or_refuse, self._load)
-            canary = await asyncio.get_running_loop().run_in_executor(shared.device, accept, runtime)
+            runtime = await or_refuse(asyncio.to_thread(self._load), "the model cannot be loaded")
+            tested = asyncio.get_running_loop().run_in_executor(shared.device, self_test, runtime)
+            canary = await or_refuse(tested, "self-test: the model cannot encode")
             batcher = Batcher(
                 runtime,
                 device=shared.device,

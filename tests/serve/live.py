@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import uvicorn
 from fastapi import FastAPI
 
-from serve.protocol import GuardedProtocol
-from serve.server import KEEP_ALIVE_S
+from serve.server import Server, config_of
+from serve.settings import Settings
 
 
-class _ThreadedServer(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
+def wait_until(condition: Callable[[], object], *, timeout_s: float = 20) -> None:
+    """Return when `condition` holds."""
+    until = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until, "it did not happen in time"
+        time.sleep(0.005)
+
+
+class ThreadedServer(Server):
+    """Our server, which says when it is up."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, settings: Settings) -> None:
+        super().__init__(config, app, settings)
         self.is_up = threading.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -25,24 +36,24 @@ class _ThreadedServer(uvicorn.Server):
 
 
 @contextmanager
-def live_server(app: FastAPI) -> Iterator[str]:
+def live_server(app: FastAPI, settings: Settings | None = None) -> Iterator[str]:
     """The server's base URL, once it answers."""
+    with threaded_server(app, settings or Settings()) as (url, _, _):
+        yield url
+
+
+@contextmanager
+def threaded_server(
+    app: FastAPI, settings: Settings
+) -> Iterator[tuple[str, ThreadedServer, threading.Thread]]:
+    """Base URL, server and thread of a server that answers. It stops at once at the end of the block."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = _ThreadedServer(
-        uvicorn.Config(
-            app,
-            http=GuardedProtocol,
-            log_config=None,
-            access_log=False,
-            ws="none",
-            timeout_keep_alive=KEEP_ALIVE_S,
-        )
-    )
+    server = ThreadedServer(config_of(app, settings), app, settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
         assert server.is_up.wait(60), "the server did not start"
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", server, thread
     finally:
         server.should_exit = True
         thread.join(60)

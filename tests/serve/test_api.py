@@ -10,10 +10,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from serve.logs import configure_logging
@@ -21,6 +22,7 @@ from serve.security import hash_token
 from serve.zero_shot import prompts_of
 from tests.serve.conftest import MakeClient
 from tests.serve.fakes import FakeRuntime, unit
+from tests.serve.live import wait_until
 from tests.serve.pictures import data_uri, encoded, jpeg, picture
 
 IMAGE = {"image": data_uri(jpeg(1))}
@@ -183,6 +185,50 @@ def test_wrong_requests_name_the_part_that_is_wrong(client: TestClient) -> None:
     wrong_method = client.put("/v1/classify")
     refused(wrong_method, 405, "method_not_allowed")
     assert wrong_method.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model": "fake", "input": "a", "input": "b"}',
+        b'{"model": "fake", "input": {"text": "a", "text": "b"}}',
+        b'{"model": "fake", "input": "a", "user": "x", "us\\u0065r": "y"}',
+    ],
+)
+def test_a_name_given_twice_is_refused_since_readers_differ_on_which_counts(
+    client: TestClient, body: bytes
+) -> None:
+    error = refused(client.post("/v1/embeddings", content=body), 400, "invalid_json")
+    assert "duplicate" in error["message"]
+
+
+def test_an_upload_s_field_given_twice_is_refused_where_it_takes_one_value(client: TestClient) -> None:
+    files = {"inputs": ("a.jpg", jpeg(1))}
+    question = {"labels": ["cat", "dog"], "top_k": ["1", "2"]}
+    refused(client.post("/v1/classify", data=question, files=files), 400, "invalid_request", "top_k")
+    question["top_k"] = ["1"]
+    assert client.post("/v1/classify", data=question, files=files).status_code == 200
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_slash_too_many_is_no_such_path_and_no_redirect(client: TestClient, method: str) -> None:
+    for path in ("/livez/", "/v1/embeddings/", "/v1/label-sets/", "/v1/classify/"):
+        reply = client.request(method, path, json={"model": "fake", "input": "a"}, follow_redirects=False)
+        refused(reply, 404, "not_found")
+
+
+def test_head_answers_as_get_does_without_the_body(client: TestClient) -> None:
+    client.put("/v1/label-sets/pets", json={"labels": ["cat"]}).raise_for_status()
+    for path in (
+        "/livez", "/readyz", "/metrics", "/v1/models", "/v1/models/fake", "/v1/label-sets",
+        "/v1/label-sets/pets", "/", "/docs", "/static/page.css", "/openapi.json",
+    ):  # fmt: skip
+        head, got = client.head(path), client.get(path)
+        assert (head.status_code, head.content) == (got.status_code, b""), path
+        assert head.headers["content-type"] == got.headers["content-type"]
+    assert client.head("/v1/nothing").status_code == 404
+    assert client.head("/v1/classify").status_code == 405
+    assert 'requests_total{method="HEAD",route="/livez",status="200"} 1.0' in client.get("/metrics").text
 
 
 @pytest.mark.parametrize(
@@ -454,6 +500,25 @@ def test_label_sets_are_limited_and_checked(make_client: MakeClient) -> None:
     refused(client.put("/v1/label-sets/b", json={"labels": ["a"]}), 413, "too_many_items")
 
 
+def test_label_sets_are_limited_in_prompts_and_in_bytes(
+    make_client: MakeClient, runtime: FakeRuntime
+) -> None:
+    client = make_client(max_label_set_prompts=6, max_label_set_bytes=200)
+    many = {"labels": list("abcd"), "templates": ["a {}", "the {}"]}
+    runtime.batches.clear()
+    refused(client.put("/v1/label-sets/a", json=many), 413, "too_many_items", "labels")
+    assert runtime.batches == []
+    assert client.put("/v1/label-sets/a", json={"labels": ["a", "b"]}).status_code == 201
+    large = {"labels": ["x" * 150]}
+    refused(client.put("/v1/label-sets/b", json=large), 413, "label_sets_full")
+    assert [entry["id"] for entry in client.get("/v1/label-sets").json()["data"]] == ["a"]
+    # What a set itself holds is not counted against its successor.
+    assert client.put("/v1/label-sets/a", json=large).status_code == 200
+    refused(client.put("/v1/label-sets/b", json={"labels": ["a", "b"]}), 413, "label_sets_full")
+    client.delete("/v1/label-sets/a").raise_for_status()
+    assert client.put("/v1/label-sets/b", json={"labels": ["a", "b"]}).status_code == 201
+
+
 def test_a_locked_label_set_file_answers_503_and_holds_up_nobody(
     make_client: MakeClient, tmp_path: Path
 ) -> None:
@@ -643,6 +708,38 @@ def test_requests_before_the_model_is_loaded_get_503(make_client: MakeClient) ->
         assert client.get("/v1/models").json()["data"] == []
     finally:
         may_load.set()
+
+
+def test_a_start_that_fails_in_whatever_way_is_told_and_not_taken_for_loading(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> FakeRuntime:
+        raise AttributeError("no such kernel")
+
+    monkeypatch.setattr("serve.app.loaders_of", lambda settings, runtime: {"fake": broken})
+    client = make_client(load_in_background=True)
+    service = cast(FastAPI, client.app).state.service
+    wait_until(lambda: service.load_error is not None)
+    refused(client.get("/readyz"), 503, "not_ready")
+    refused(embed(client, "a"), 503, "not_ready")
+    assert client.get("/livez").status_code == 200
+    assert [record.reason for record in caplog.records if record.message == "start failed"] == [
+        "the model cannot be loaded (AttributeError: no such kernel)"
+    ]
+
+
+def test_a_start_that_fails_outside_of_a_model_is_told_as_well(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **options: Any) -> None:
+        raise TypeError("a fault of ours")
+
+    monkeypatch.setattr("serve.service.LabelSetStore", broken)
+    client = make_client(load_in_background=True)
+    service = cast(FastAPI, client.app).state.service
+    wait_until(lambda: service.load_error is not None)
+    assert str(service.load_error) == "the server cannot start (TypeError: a fault of ours)"
+    refused(client.get("/readyz"), 503, "not_ready")
 
 
 def test_metrics_tell_requests_batches_stages_and_rejects(client: TestClient) -> None:

@@ -19,12 +19,12 @@ MATRIX = np.ones((2, 4), dtype=np.float32)
 
 def test_sets_are_kept_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "sets.sqlite3"
-    store = LabelSetStore(path, max_sets=10)
+    store = LabelSetStore(path, max_sets=10, max_bytes=1000)
     pets = LabelSet("pets", ("Katze 🐈", "dog"), ("a {}",))
     assert store.put(pets) is True
     assert store.put(pets) is False
     store.close()
-    again = LabelSetStore(path, max_sets=10)
+    again = LabelSetStore(path, max_sets=10, max_bytes=1000)
     assert again.get("pets") == pets and again.list() == [pets]
     again.close()
 
@@ -33,13 +33,13 @@ def test_a_file_that_is_no_label_set_file_is_refused_by_name(tmp_path: Path) -> 
     path = tmp_path / "sets.sqlite3"
     path.write_bytes(b"this is no database" * 100)
     with pytest.raises(ConfigError, match=r"label_set_file.*sets\.sqlite3"):
-        LabelSetStore(path, max_sets=1)
+        LabelSetStore(path, max_sets=1, max_bytes=1)
     newer = tmp_path / "newer.sqlite3"
     db = sqlite3.connect(newer)
     db.execute("PRAGMA user_version=9")
     db.close()
     with pytest.raises(ConfigError, match="format 9"):
-        LabelSetStore(newer, max_sets=1)
+        LabelSetStore(newer, max_sets=1, max_bytes=1)
 
 
 def test_requests_for_one_matrix_share_one_computation() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -12,17 +12,18 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
 from clipstack.errors import ConfigError
 from serve.app import create_app
 from serve.protocol import MAX_HEAD_BYTES
-from serve.server import Server, listen
+from serve.server import listen
 from serve.settings import Settings
 from tests.serve.fakes import FakeRuntime
-from tests.serve.live import live_server
+from tests.serve.live import live_server, threaded_server
 
 OK = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
+QUESTION = b'{"model": "fake", "input": "a"}'
+ASK = b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%b" % (len(QUESTION), QUESTION)
 
 
 def settings_in(folder: Path, **values: Any) -> Settings:
@@ -135,12 +136,76 @@ def test_a_port_that_is_taken_is_named_with_what_to_do() -> None:
         listener.close()
 
 
-def test_the_time_that_draining_took_is_part_of_the_grace_period(tmp_path: Path) -> None:
-    settings = settings_in(tmp_path, grace_s=10)
-    app = create_app(settings, FakeRuntime())
-    server = Server(uvicorn.Config(app), app, settings)
-    server.servers, server.force_exit = [], True
-    server._stop_asked_at = time.monotonic() - 8
-    asyncio.run(server.shutdown())
-    assert server.config.timeout_graceful_shutdown is not None
-    assert 1 <= server.config.timeout_graceful_shutdown <= 2
+GRACE_S = 1.0
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8, None], ids=["half", "late", "never"])
+def test_a_request_has_the_whole_grace_period_and_no_more(tmp_path: Path, share: float | None) -> None:
+    """It is answered when the device is done within the grace period, and with 503 when that is over."""
+    runtime = FakeRuntime()
+    settings = settings_in(tmp_path, grace_s=GRACE_S, drain_delay_s=0)
+    with threaded_server(create_app(settings, runtime), settings) as (url, server, thread):
+        runtime.hold()
+        try:
+            with connect(url) as connection:
+                connection.sendall(ASK)
+                assert runtime.started.wait(10)
+                asked_at = time.monotonic()
+                server.handle_exit(signal.SIGTERM, None)
+                if share is not None:
+                    time.sleep(share * GRACE_S)
+                    runtime.gate.set()
+                    assert b"200 OK" in connection.recv(65536)
+                    assert time.monotonic() - asked_at < GRACE_S
+                else:
+                    assert refusal(until_closed(connection)) == (503, "draining")
+                    assert GRACE_S <= time.monotonic() - asked_at < GRACE_S + 0.6
+        finally:
+            runtime.gate.set()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def callers(url: str, *forwarded: str) -> list[int]:
+    """Statuses of one request for each X-Forwarded-For. With a burst of 1 the second of a caller gets 429."""
+    return [
+        httpx.get(f"{url}/v1/models", headers={"x-forwarded-for": entry}).status_code for entry in forwarded
+    ]
+
+
+def test_forwarded_addresses_count_only_from_a_trusted_proxy(tmp_path: Path) -> None:
+    limited = {"rate_limit_per_s": 0.001, "rate_limit_burst": 1}
+    alone = settings_in(tmp_path, **limited)
+    with live_server(create_app(alone, FakeRuntime()), alone) as url:
+        assert callers(url, "10.0.0.1", "10.0.0.2") == [200, 429]
+    elsewhere = settings_in(tmp_path, **limited, trusted_proxies=("192.0.2.1",))
+    with live_server(create_app(elsewhere, FakeRuntime()), elsewhere) as url:
+        assert callers(url, "10.0.0.1", "10.0.0.2") == [200, 429]
+    behind = settings_in(tmp_path, **limited, trusted_proxies=("127.0.0.1",))
+    with live_server(create_app(behind, FakeRuntime()), behind) as url:
+        assert callers(url, "10.0.0.1", "10.0.0.2", "10.0.0.1") == [200, 200, 429]
+        # What a client writes there itself stands to the left of what the proxy adds, and counts nothing.
+        assert callers(url, "10.9.9.8, 10.0.0.3", "10.9.9.9, 10.0.0.3") == [200, 429]
+
+
+def test_nothing_else_that_a_proxy_could_say_is_read(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, trusted_proxies=("127.0.0.1",), token_hashes=("0" * 64,))
+    claims = {
+        "x-forwarded-host": "evil.example", "x-forwarded-prefix": "/livez", "x-original-url": "/livez",
+        "forwarded": "for=1.2.3.4;host=evil.example", "x-http-method-override": "GET",
+    }  # fmt: skip
+    with live_server(create_app(settings, FakeRuntime()), settings) as url:
+        reply = httpx.get(f"{url}/v1/models", headers=claims)
+        assert reply.status_code == 401 and "evil" not in str(reply.headers) + reply.text
+
+
+def test_head_sends_a_head_alone_over_a_connection_that_goes_on(url: str) -> None:
+    with connect(url) as connection:
+        connection.sendall(
+            b"HEAD /livez HTTP/1.1\r\nHost: a\r\n\r\n"
+            + OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+        )
+        first, second, body = until_closed(connection).split(b"\r\n\r\n")
+    assert b"200 OK" in first and b"200 OK" in second and json.loads(body) == {"status": "ok"}
+    length = f"content-length: {len(body)}".encode()
+    assert length in first.lower() and length in second.lower()
