@@ -384,9 +384,7 @@ def _separator_hint(schema: Mapping[str, pl.DataType]) -> str:
     (name, *others) = schema
     if others or not (";" in name or "\t" in name):
         return ""
-    return (
-        "; commas separate the columns of a .csv, tabs those of a .tsv, this file seems to have neither"
-    )
+    return "; commas separate the columns of a .csv, tabs those of a .tsv, this file seems to have neither"
 
 
 def _is_bytes(dtype: pl.DataType) -> bool:
