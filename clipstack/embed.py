@@ -6,7 +6,8 @@
     OUT/embed.json                      what was embedded by which model: the same command goes on where it
     stopped
 
-Three files a shard, each written whole; the metadata file comes last, and says that its shard is done.
+Three files a shard, each written whole; the metadata file comes last, says that its shard is done, and keeps
+the hash of the shard's content.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ import torch
 from clipstack.checkpoint import load_model
 from clipstack.config import DataConfig
 from clipstack.errors import ConfigError, DataError, ShardError
+from clipstack.eval_data import by_number
 from clipstack.eval_tasks import Setup, caption_lines
 from clipstack.evaluate import add_model_arguments
 from clipstack.features import encode_tokens
@@ -41,8 +43,10 @@ from data_pipelines.progress import Progress
 from data_pipelines.sources import ensure_summary, expand, shard_name
 from data_pipelines.stream import BadSample
 
-FORMAT = 1
+FORMAT = 2
 RECORD_FILE = "embed.json"
+DIGEST_KEY = b"clipstack.shard_digest"
+"""In the metadata file: which content the shard had."""
 MIN_DIGITS = 4
 DTYPES: dict[str, np.dtype[Any]] = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 RESUMABLE = 3
@@ -66,7 +70,7 @@ class Plan:
     parts: tuple[str, ...]
     """images, texts or both"""
     shards: tuple[str, ...]
-    """file names, in the order of their numbers"""
+    """file names; the rows of the k-th are in the files numbered k"""
 
 
 class Done(NamedTuple):
@@ -121,12 +125,12 @@ def run(args: argparse.Namespace) -> int:
     with joined_world(args.device) as world, torch.no_grad():
         loaded = load_model(args.model, pretrained=args.pretrained, device=world.device)
         setup = Setup(loaded, world, batch_size=args.batch_size, workers=args.workers)
-        urls = expand(args.data)
+        urls = sorted(expand(args.data), key=by_number)
         parts = ("images", "texts") if args.only is None else (args.only,)
         plan = Plan(
             FORMAT, loaded.name, loaded.fingerprint, args.dtype, parts, tuple(shard_name(url) for url in urls)
         )
-        world.from_main(lambda: _claim(args.output, plan))
+        world.from_main(lambda: _claim(args.output, plan, urls))
         with listening() as stop:
             done = embed_shards(setup, urls, args.output, plan, stop)
             is_stopped = world.any(stop.requested)
@@ -142,14 +146,13 @@ def run(args: argparse.Namespace) -> int:
 def embed_shards(setup: Setup, urls: list[str], out: Path, plan: Plan, stop: StopRequest) -> list[Done]:
     """Every world.size-th shard that is not done yet. No rank waits for another."""
     world = setup.world
-    digits = max(MIN_DIGITS, len(str(len(urls) - 1)))
     mine = [k for k in range(len(urls)) if k % world.size == world.rank]
-    todo = [k for k in mine if not _files(out, k, digits)["metadata"].exists()]
+    todo = [k for k in mine if not _files(out, k, len(urls))["metadata"].exists()]
     done = []
     with Progress(f"embed, rank {world.rank}", len(mine), unit="shards") as progress:
         progress.advance(len(mine) - len(todo))
         for k in todo:
-            outcome = _embed_shard(setup, urls[k], _files(out, k, digits), plan, stop)
+            outcome = _embed_shard(setup, urls[k], _files(out, k, len(urls)), plan, stop)
             if outcome is None:
                 break
             done.append(outcome)
@@ -157,7 +160,8 @@ def embed_shards(setup: Setup, urls: list[str], out: Path, plan: Plan, stop: Sto
     return done
 
 
-def _files(out: Path, number: int, digits: int) -> dict[str, Path]:
+def _files(out: Path, number: int, num_shards: int) -> dict[str, Path]:
+    digits = max(MIN_DIGITS, len(str(num_shards - 1)))
     name = f"{number:0{digits}d}"
     return {
         "images": out / "img_emb" / f"img_emb_{name}.npy",
@@ -172,7 +176,8 @@ def _embed_shard(
     """None where a signal came first; nothing is written then."""
     rows = _Rows(setup, plan)
     try:
-        if ensure_summary(url).num_samples:
+        summary = ensure_summary(url)
+        if summary.num_samples:
             rows.read(url, stop)
     except ShardError as error:
         return Done(0, 1, BadSample(shard_name(url), None, str(error)), is_whole=False)
@@ -180,7 +185,7 @@ def _embed_shard(
         return None
     for part, vectors in rows.vectors.items():
         _write_array(files[part], np.concatenate(vectors), DTYPES[plan.dtype])
-    _write_metadata(files["metadata"], rows.keys, rows.captions)
+    _write_metadata(files["metadata"], rows.keys, rows.captions, shard_digest=summary.digest)
     return Done(len(rows.keys), len(rows.bad), rows.bad[0] if rows.bad else None)
 
 
@@ -242,13 +247,13 @@ def _write_array(path: Path, vectors: npt.NDArray[np.float32], dtype: np.dtype[A
     _write_whole(path, lambda file: np.save(file, vectors.astype(dtype)))
 
 
-def _write_metadata(path: Path, keys: list[str], captions: list[str]) -> None:
+def _write_metadata(path: Path, keys: list[str], captions: list[str], *, shard_digest: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns = pa.table(
         {"image_path": pa.array(keys, pa.string()), "caption": pa.array(captions, pa.string())}
-    )
+    ).replace_schema_metadata({DIGEST_KEY: shard_digest})
     _write_whole(path, lambda file: pq.write_table(columns, file))
 
 
@@ -268,11 +273,12 @@ def _write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         ) from error
 
 
-def _claim(out: Path, plan: Plan) -> None:
+def _claim(out: Path, plan: Plan, urls: Sequence[str]) -> None:
     """Note what the folder is for, or check that it is for this. Raises ConfigError, DataError."""
     record = out / RECORD_FILE
     if record.is_file():
         _check_same(record, plan)
+        _check_content(out, urls)
         return
     try:
         if out.exists() and any(out.iterdir()):
@@ -294,6 +300,30 @@ def _check_same(record: Path, plan: Plan) -> None:
         if before.get(name) != now[name]:
             raise ConfigError(
                 f"{flag}: not what {record} was begun with; give the same to go on, or another --output"
+            )
+
+
+def _check_content(out: Path, urls: Sequence[str]) -> None:
+    """Raises ConfigError where a shard that is done had other content: builders give all shards one set of
+    names."""
+    import pyarrow.parquet as pq
+
+    for number, url in enumerate(urls):
+        file = _files(out, number, len(urls))["metadata"]
+        if not file.exists():
+            continue
+        try:
+            now = ensure_summary(url).digest
+        except ShardError:  # what is done stays, whether the shard is at hand or not
+            continue
+        try:
+            before = (pq.read_schema(file).metadata or {}).get(DIGEST_KEY)
+        except (OSError, ValueError) as error:  # Arrow's are ValueErrors
+            raise ConfigError(f"{file}: cannot be read ({error}); delete it to make it again") from error
+        if before != now.encode():
+            raise ConfigError(
+                f"--data: {url} is not the shard that {file} was made of; give the same to go on, or another "
+                "--output"
             )
 
 

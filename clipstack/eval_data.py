@@ -39,6 +39,8 @@ class EvalData:
     """Shards without a sample."""
     bad_shards: tuple[BadSample, ...]
     """Shards that cannot be read at all."""
+    folders: tuple[str, ...] | None = None
+    """Of a tree: the folder of each class, which is what its labels count."""
 
 
 def open_eval_data(
@@ -111,7 +113,7 @@ def _open_shards(
 def _sort_shards(urls: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[BadSample, ...]]:
     """(those with samples, names of empty ones, those that cannot be read)."""
     full, empty, bad = [], [], []
-    for url in sorted(urls, key=_by_number):
+    for url in sorted(urls, key=by_number):
         try:
             summary = ensure_summary(url)
         except ShardError as error:
@@ -124,7 +126,7 @@ def _sort_shards(urls: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...],
     return tuple(full), tuple(empty), tuple(bad)
 
 
-def _by_number(url: str) -> tuple[str, int, str]:
+def by_number(url: str) -> tuple[str, int, str]:
     """10.tar after 9.tar, as CLIP_benchmark counts its shards; all other names by their letters."""
     folder, _, name = url.rpartition("/")
     stem = name.partition(".")[0]
@@ -181,7 +183,10 @@ def _templates(beside: Sequence[Path]) -> tuple[str, ...] | None:
 
 
 class TreeSamples:
-    """An ImageFolder tree: one folder a class, classes and files in the order of their names."""
+    """An ImageFolder tree: one folder a class, classes and files in the order of their names.
+
+    As for `clipstack data build`, a folder without images and one whose name starts with a dot is no class.
+    """
 
     damage: tuple[BadSample, ...] = ()
     max_image_pixels = MAX_IMAGE_PIXELS
@@ -189,12 +194,16 @@ class TreeSamples:
     def __init__(self, root: Path) -> None:
         """Raises DataError for a folder without images."""
         self._root = root
-        self.classes = tuple(sorted(child.name for child in root.iterdir() if child.is_dir()))
+        images = {
+            child.name: _images_in(child)
+            for child in sorted(root.iterdir())
+            if child.is_dir() and not child.name.startswith(".")
+        }
+        self.classes = tuple(name for name, files in images.items() if files)
         self.files = [
             (file.relative_to(root).as_posix(), label)
             for label, name in enumerate(self.classes)
-            for file in sorted((root / name).rglob("*"))
-            if file.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS and file.is_file()
+            for file in images[name]
         ]
         if not self.files:
             raise DataError(
@@ -218,6 +227,16 @@ class TreeSamples:
         return self._root.name, self.files[sample][0]
 
 
+def _images_in(folder: Path) -> list[Path]:
+    return [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and file.is_file()
+    ]
+
+
 def _open_tree(root: Path, *, classnames: Path | None) -> EvalData:
     samples = TreeSamples(root)
     listed = [(name, (root / name).stat().st_size) for name, _ in samples.files]
@@ -236,4 +255,5 @@ def _open_tree(root: Path, *, classnames: Path | None) -> EvalData:
         num_shards=0,
         empty_shards=(),
         bad_shards=(),
+        folders=samples.classes,
     )

@@ -19,6 +19,7 @@ from PIL import Image
 from clipstack import embed, eval_data
 from clipstack.checkpoint import load_model
 from clipstack.cli import main
+from data_pipelines.index import Sample, write_shard
 from data_pipelines.sources import expand
 from tests.clipstack.evaluation.conftest import NUM_SAMPLES, SHARD_SIZES, captions, png
 from tests.clipstack.launching import Zygote
@@ -115,6 +116,29 @@ def test_a_folder_belongs_to_one_model_and_precision(
     assert "holds other files" in capsys.readouterr().err
 
 
+def test_a_folder_belongs_to_the_content_of_its_shards(
+    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Builders call all their first shards 00000.tar."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_shard(tmp_path / name / "00000.tar", [Sample("x", {"png": png(ord(name)), "txt": b"sound"})])
+    model, out = model_folders["random"], tmp_path / "out"
+    assert run(model, tmp_path / "a", out) == 0
+    assert run(model, tmp_path / "b", out) == 2
+    assert "is not the shard that" in capsys.readouterr().err
+    assert run(model, tmp_path / "a", out) == 0
+
+
+def test_shards_are_taken_in_the_order_of_their_numbers(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    for number in (2, 10):
+        write_shard(tmp_path / f"{number}.tar", [Sample("x", {"png": png(number), "txt": b"sound"})])
+    assert run(model_folders["random"], tmp_path, tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "embed.json").read_text())["shards"] == ["2.tar", "10.tar"]
+
+
 def test_a_remote_shard_that_cannot_be_read_is_told_and_left_out(
     model_folders: dict[str, Path],
     benchmark_folder: Path,
@@ -127,7 +151,7 @@ def test_a_remote_shard_that_cannot_be_read_is_told_and_left_out(
     data = f"{{http://127.0.0.1:9/gone.tar,{benchmark_folder / 'test' / '2.tar'}}}"
     assert run(model_folders["random"], data, tmp_path / "out") == 1
     assert "the first: gone.tar: http://127.0.0.1:9/gone.tar" in capsys.readouterr().out
-    assert len(np.load(tmp_path / "out" / "img_emb" / "img_emb_0001.npy")) == SHARD_SIZES[2]
+    assert len(np.load(tmp_path / "out" / "img_emb" / "img_emb_0000.npy")) == SHARD_SIZES[2]
     full, _, bad = eval_data._sort_shards(expand(data))
     assert len(full) == 1 and bad[0].shard == "gone.tar"
 
@@ -135,8 +159,6 @@ def test_a_remote_shard_that_cannot_be_read_is_told_and_left_out(
 def test_bad_shards_and_samples_are_told_and_left_out(
     model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from data_pipelines.index import Sample, write_shard
-
     data = tmp_path / "data"
     data.mkdir()
     write_shard(
