@@ -249,9 +249,14 @@ def probe_report(
     setup: Setup, train: EvalData, test: EvalData, *, neighbours: int, inverse_penalty: float
 ) -> Report:
     """Linear probe and k nearest neighbours on frozen image features. Raises DataError without labelled
-    samples."""
+    samples.
+
+    Labels are the data's own numbers, except between two trees, whose classes are matched by their folders'
+    names. Raises ConfigError for a class that only the test data have.
+    """
     from clipstack.probes import knn_accuracy, linear_probe_accuracy
 
+    numbers = _numbers_in(train, test)
     train_features, train_skipped = _encode(setup, train, with_texts=False)
     features, skipped = _encode(setup, test, with_texts=False)
     parts = []
@@ -261,6 +266,7 @@ def probe_report(
             raise DataError(f"{data.path}: no sample with a class; {_first_reason(left_out, part, 0)}")
         parts.append((part.images[known].cpu().numpy(), part.label[known].cpu().numpy()))
     (train_x, train_y), (x, y) = parts
+    y = y if numbers is None else numbers[y]
 
     def fit() -> tuple[Any, Any]:
         return (
@@ -292,6 +298,19 @@ def probe_report(
             **{name: hit.astype(np.int64) for name, hit in hits.items()},
         },
     )
+
+
+def _numbers_in(train: EvalData, test: EvalData) -> Any:
+    """(C,) the training data's number of each class of the test data; None where both count alike."""
+    if train.folders is None or test.folders is None:
+        return None
+    unknown = [name for name in test.folders if name not in train.folders]
+    if unknown:
+        raise ConfigError(
+            f"--data {test.path}: {len(unknown)} class folders that --train-data {train.path} lacks, such as "
+            f"{unknown[0]!r}"
+        )
+    return np.array([train.folders.index(name) for name in test.folders])
 
 
 def compositional_report(setup: Setup, path: Path, images: Path) -> Report:

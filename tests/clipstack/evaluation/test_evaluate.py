@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 from clipstack.checkpoint import load_model
 from clipstack.cli import main
 from clipstack.config import parse_recipe
+from clipstack.eval_data import TreeSamples
 from clipstack.evaluate import validate
 from clipstack.world import World
 from tests.clipstack.evaluation.conftest import COLOURS, MODEL, NUM_SAMPLES, TEMPLATES, png
@@ -321,6 +322,28 @@ def test_probes_on_frozen_features_equal_scikit_learns(
     assert report["linear_probe_top1"] == pytest.approx(linear.score(features(test), labels[1]), abs=0.011)
     assert report["knn_top1"] == pytest.approx(nearest.score(features(test), labels[1]), abs=0.011)
     assert report["linear_probe_top1"] > 0.4
+
+
+def test_a_probe_matches_the_classes_of_two_trees_by_name(
+    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, test = tmp_path / "train", tmp_path / "test"
+    for number in range(12):
+        for tree in (train, test) if number % 3 else (train,):  # the test data lack the first class
+            (tree / "abc"[number % 3]).mkdir(parents=True, exist_ok=True)
+            (tree / "abc"[number % 3] / f"{number}.png").write_bytes(png(number))
+    for name in ("a", ".git", "empty"):
+        (test / name).mkdir()
+    (test / ".git" / "x.png").write_bytes(png(0))
+    assert TreeSamples(test).classes == ("b", "c")
+    options = ("--train-data", train, "--neighbours", 1)
+    report = evaluate(model_folders["trained"], test, "probe", tmp_path / "p.json", *options)
+    assert report["knn_top1"] == 1, "each image is its own neighbour"
+    (test / "d").mkdir()
+    (test / "d" / "x.png").write_bytes(png(0))
+    words = ["eval", "--model", model_folders["trained"], "--data", test, "--task", "probe"]
+    assert main([str(word) for word in (*words, "--train-data", train, "--device", "cpu")]) == 2
+    assert "lacks, such as 'd'" in capsys.readouterr().err
 
 
 def png_file(folder: Path, number: int) -> Path:
