@@ -45,11 +45,17 @@ def retrieval_ranks(
     belongs to, none: caption i to image i. Every image needs a caption.
 
     Time N * M * D, memory tile^2. With a world, ranks share the work and every rank gets the whole answer;
-    its size changes no bit of it. Collective.
+    its size changes no bit of it. Raises ValueError for an owner that does not fit. Collective.
     """
     world = world or World()
     owner = torch.arange(len(texts), device=texts.device) if owner is None else owner.to(texts.device)
-    assert len(owner) == len(texts) and bool((owner.bincount(minlength=len(images)) > 0).all())
+    if len(owner) != len(texts):
+        raise ValueError(f"owner: {len(owner)} numbers for {len(texts)} texts")
+    captions = owner.bincount(minlength=len(images))  # (N,)
+    if len(captions) > len(images):
+        raise ValueError(f"owner: names image {len(captions) - 1} of {len(images)}")
+    if not bool((captions > 0).all()):
+        raise ValueError(f"owner: image {int(captions.argmin())} has no text")
     tiles = _Tiles(images, texts, tile)
     own = _scores_of_pairs(tiles, owner)  # (M,)
     best_text = _best_text(own, owner, len(images))  # (N,) index of each image's best caption

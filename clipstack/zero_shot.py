@@ -36,9 +36,12 @@ def classifier(
     """(D, C): of each class the mean of its templates' unit-norm embeddings, unit-norm again.
 
     `encode_text` takes (N, L) int64 tokens to (N, D) unit-norm. https://arxiv.org/abs/2103.00020, section
-    3.1.4.
+    3.1.4. Raises ValueError without class names or templates.
     """
-    assert classnames and templates
+    if not classnames or not templates:
+        raise ValueError(
+            f"{len(classnames)} classnames and {len(templates)} templates: one of each is needed"
+        )
     columns = []
     for some in _in_batches(classnames, max(1, PROMPTS_PER_CALL // len(templates))):
         prompts = [fill(template, name) for name in some for template in templates]

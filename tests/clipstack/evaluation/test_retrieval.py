@@ -68,5 +68,10 @@ def test_a_model_that_sees_no_difference_scores_chance() -> None:
 
 
 def test_an_image_without_a_caption_is_no_input() -> None:
-    with pytest.raises(AssertionError):
-        retrieval_ranks(torch.ones(3, 2), torch.ones(3, 2), torch.tensor([0, 0, 2]))
+    for owner, message in (
+        ([0, 0, 2], "image 1 has no text"),
+        ([0, 1, 3], "names image 3 of 3"),
+        ([0, 1], "2 numbers for 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            retrieval_ranks(torch.ones(3, 2), torch.ones(3, 2), torch.tensor(owner))

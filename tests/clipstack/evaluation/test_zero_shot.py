@@ -91,3 +91,9 @@ def test_the_classifier_equals_open_clips(model_folders: dict, num_templates: in
     ours = classifier(loaded.model.encode_text, loaded.tokenizer, names, templates)
     peer = open_clip.build_zero_shot_classifier(loaded.model.towers, loaded.tokenizer, names, templates)
     assert (ours - peer).abs().max() <= 1e-6
+
+
+def test_a_classifier_needs_classes_and_templates() -> None:
+    for classnames, templates in (([], ["{}"]), (["cat"], [])):
+        with pytest.raises(ValueError, match=f"{len(classnames)} classnames and {len(templates)} templates"):
+            classifier(lambda tokens: torch.ones(len(tokens), 2), len, classnames, templates)
