@@ -304,6 +304,12 @@ def exported_step(export: Path) -> int | None:
     return step
 
 
+def is_finished(run_dir: Path, *, step: int, steps: int) -> bool:
+    """Whether a run of `steps` steps has nothing left to do; step: of its newest checkpoint. An export of an
+    earlier step is from before the run was given more steps."""
+    return step >= steps and exported_step(run_dir / "export") == step
+
+
 def _remove(path: Path) -> None:
     try:
         (path / MANIFEST_FILE).unlink(missing_ok=True)  # first: what is left of it is no checkpoint

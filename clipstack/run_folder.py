@@ -12,7 +12,7 @@ from clipstack.checkpoint import (
     RECIPE_FILE,
     Snapshot,
     checkpoints,
-    exported_step,
+    is_finished,
     load_snapshot,
     newest_sound,
 )
@@ -110,8 +110,8 @@ def prepare(recipe: Recipe, *, fresh: bool, dry_run: bool = False) -> Plan:
             )
         return Plan(recipe, 0, False, None, tuple(messages))
     step = int(newest.name.removeprefix("step-"))
-    is_finished = step >= recipe.train.steps and exported_step(run_dir / "export") == step
-    return Plan(recipe, step, is_finished, newest, (*messages, f"resuming {run_dir} at step {step}"))
+    done = is_finished(run_dir, step=step, steps=recipe.train.steps)
+    return Plan(recipe, step, done, newest, (*messages, f"resuming {run_dir} at step {step}"))
 
 
 def _saved_recipe(path: Path) -> Recipe:

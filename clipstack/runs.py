@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clipstack.charts import Points, line_chart
-from clipstack.checkpoint import CONFIG_FILE, RECIPE_FILE
+from clipstack.checkpoint import RECIPE_FILE, checkpoints, is_finished
 from clipstack.errors import ConfigError
 from clipstack.files import write_text
 from clipstack.reporting import EVAL_FILE, METRICS_FILE, read_lines
@@ -26,7 +26,7 @@ CURVES = {
     "samples_per_s": "Samples a second",
     "data_wait_fraction": "Share of the time spent waiting for data",
 }
-EVALUATED = ("top1", "acc1", "image_to_text_r1", "text_to_image_r1", "clip_loss")
+EVALUATED = ("top1", "image_to_text_r1", "text_to_image_r1", "clip_loss")
 """Metrics of eval.jsonl that the table shows, where there are such."""
 
 
@@ -54,21 +54,28 @@ def read_run(folder: Path, name: str) -> Run:
     if not (folder / RECIPE_FILE).is_file():
         raise ConfigError(f"{folder}: not a run folder ({RECIPE_FILE} is missing); name runs, such as runs/*")
     lines = _lines(folder / METRICS_FILE)
+    recipe = tomllib.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
     return Run(
         name=name,
-        recipe=tomllib.loads((folder / RECIPE_FILE).read_text(encoding="utf-8")),
+        recipe=recipe,
         lines=[line for line in lines if "event" not in line],
         events=[line for line in lines if "event" in line],
         evaluations=_lines(folder / EVAL_FILE),
-        is_finished=(folder / "export" / CONFIG_FILE).is_file(),
+        is_finished=is_finished(folder, step=_newest_step(folder), steps=int(recipe["train"]["steps"])),
     )
+
+
+def _newest_step(folder: Path) -> int:
+    """Of the newest checkpoint; 0 where there is none."""
+    found = checkpoints(folder / "checkpoints")
+    return int(found[-1].name.removeprefix("step-")) if found else 0
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     try:
         return read_lines(path) if path.is_file() else []
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: line {error.lineno} is not JSON; the file was changed by hand") from error
+        raise ConfigError(f"{path}: {error.doc[:60]!r} is not JSON; the file was changed by hand") from error
 
 
 def summary(run: Run) -> dict[str, str]:

@@ -37,12 +37,33 @@ def make_run(folder: Path, *, objective: str, lr: float, losses: list[float], ev
     return folder
 
 
+def finish(run: Path, *, step: int) -> None:
+    (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    (run / "export").mkdir()
+    (run / "export/clipstack.json").write_text(json.dumps({"step": step}))
+
+
+def test_a_run_that_was_given_more_steps_is_not_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "a", objective="clip", lr=1e-3, losses=[4.0, 3.0])
+    finish(run, step=50)
+    assert main(["runs", str(run)]) == 0
+    assert "step 2/100" in capsys.readouterr().out
+
+
+def test_a_line_that_is_no_json_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "a", objective="clip", lr=1e-3, losses=[4.0])
+    (run / "metrics.jsonl").write_text('{"step": 1}\nmine\n{"step": 2}\n')
+    assert main(["runs", str(run)]) == 2
+    assert "metrics.jsonl: 'mine' is not JSON" in capsys.readouterr().err
+
+
 def test_the_table_and_the_page_compare_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = make_run(tmp_path / "a", objective="clip", lr=1e-3, losses=[4.0, 3.0, 2.0], event=True)
     b = make_run(tmp_path / "b", objective="hard_negative", lr=2e-3, losses=[5.0, 4.0])
     (b / "eval.jsonl").write_text(json.dumps({"step": 2, "top1": 0.25}) + "\n")
-    (b / "export").mkdir()
-    (b / "export/open_clip_config.json").write_text("{}")
+    finish(b, step=100)
     out = tmp_path / "runs.html"
     assert main(["runs", str(a), str(b), "--html", str(out)]) == 0
     head, first, second = capsys.readouterr().out.splitlines()[:3]
