@@ -180,9 +180,7 @@ def similar_texts(texts: Sequence[str | None], similarity: float) -> list[tuple[
     for row, text in enumerate(normal):
         if text is None or row in repeated:
             continue
-        grams = frozenset(
-            text[i : i + SHINGLE_CHARS].encode() for i in range(max(1, len(text) - SHINGLE_CHARS + 1))
-        )
+        grams = char_grams(text)
         sketch = empty.copy()
         sketch.update_batch(sorted(grams))
         for other in sorted(lsh.query(sketch)):
