@@ -22,7 +22,8 @@ USER = 10001
 START_S = 120
 Access = Literal["rw", "ro"]
 # In a mount namespace of its own: volumes are bound, and the root becomes read-only where that is asked for;
-# /dev holds the usual devices. Then the command becomes process 1, without rights and a way to get any.
+# /dev holds the usual devices, and localhost has an address. Then the command becomes process 1, without
+# rights and without a way to get any.
 SCRIPT = """
 set -eu
 root=$1 access=$2
@@ -34,6 +35,8 @@ while [ "$1" != -- ]; do
     shift 3
 done
 shift
+touch "$root/etc/hosts"
+mount --bind /etc/hosts "$root/etc/hosts"
 mount -t proc proc "$root/proc"
 mount -t tmpfs -o mode=755 tmpfs "$root/dev"
 for name in null zero urandom random; do
@@ -118,6 +121,12 @@ class ImageServer:
         parent = self.process.pid
         (child,) = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
         return int(child)
+
+    def processor_s(self) -> float:
+        """Processor time that the server has used so far."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        user, system = int(fields[11]), int(fields[12])
+        return (user + system) / os.sysconf("SC_CLK_TCK")
 
     def status(self) -> dict[str, list[str]]:
         """/proc/PID/status, by name."""

@@ -66,7 +66,7 @@ def test_the_built_image_serves_as_the_checkout_does_and_stops_without_loss(
             )  # fmt: skip
 
         with start(1) as server:
-            ready_s = server.wait_until_ready()
+            ready_s, processor_s = server.wait_until_ready(), server.processor_s()
             check_process(server, config)
             inside = embeddings(server.url)
             httpx.put(f"{server.url}/v1/label-sets/pets", json={"labels": ["cat", "dog"]}).raise_for_status()
@@ -84,7 +84,10 @@ def test_the_built_image_serves_as_the_checkout_does_and_stops_without_loss(
     assert (state / "label-sets.sqlite3").is_file()
     record_property("image_gb", round(size_bytes / 1e9, 2))
     record_property("start_to_ready_s", round(ready_s, 1))
-    print(f"image: {size_bytes / 1e9:.2f} GB; start to ready: {ready_s:.1f} s")
+    record_property("start_to_ready_processor_s", round(processor_s, 1))
+    print(
+        f"image: {size_bytes / 1e9:.2f} GB; ready after {ready_s:.1f} s ({processor_s:.1f} s of processor time)"
+    )
 
 
 def build(tool: Buildah, folder: Path) -> tuple[Path, dict[str, Any]]:

@@ -64,6 +64,7 @@ class TrainImage:
             output, _ = process.communicate(timeout=COMMAND_TIMEOUT_S)
         finally:
             process.kill()
+            process.wait()
         assert process.returncode == 0, f"{command}: {process.returncode}\n{output[-6000:]}"
         return output
 
