@@ -14,12 +14,12 @@ import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import clipstack.torchvision_compat  # noqa: F401  isort: skip  (has to precede open_clip)
 import open_clip
@@ -325,8 +325,10 @@ def _remove(path: Path) -> None:
 class LoadedModel:
     """A model with all that turns pictures and captions into its inputs.
 
-    fingerprint: 32 hex digits that equal models share, whatever folder they lie in. is_random: no weights
-    were loaded.
+    name: as it was asked for. model: in eval mode, on the device asked for; takes what the two below make to
+    (N, D) unit-norm features. preprocess: images and texts to its inputs. tokenizer: open_clip's, N texts to
+    (N, context_length) int64. fingerprint: 32 hex digits that equal models share, whatever folder they lie
+    in. is_random: no weights were loaded.
     """
 
     name: str
@@ -444,9 +446,9 @@ def load_model(
     """A model to evaluate, embed or serve with, in eval mode.
 
     `path_or_name`: a run folder (its export/ once finished, else its newest sound checkpoint), a checkpoint,
-    an exported folder, or an open_clip name, with `pretrained` a tag or a weights file; an open_clip name
-    without one gives random weights. Raises ConfigError for an unknown name, CheckpointError for a folder
-    that cannot be read.
+    an exported folder, `hf-hub:ORGANISATION/REPOSITORY` for what open_clip downloads from there, or an
+    open_clip name, with `pretrained` a tag or a weights file; an open_clip name without one gives random
+    weights. Raises ConfigError for an unknown name, CheckpointError for a folder that cannot be read.
     """
     where = Path(path_or_name)
     name = str(path_or_name)
@@ -462,7 +464,7 @@ def load_model(
             f"--model {name}: not a folder; name a run, an exported folder or an open_clip architecture"
         )
     if name.startswith("hf-hub:"):
-        towers = open_clip.create_model(name)
+        towers = _from_hub(name, pretrained)
         record = record_of_tables(
             open_clip.get_model_config(name), open_clip.get_model_preprocess_cfg(towers)
         )
@@ -483,6 +485,17 @@ def load_model(
     return _assemble(
         name, record, DEFAULT_MAX_LOGIT_SCALE, weights, device=device, dtype=dtype, is_random=True
     )
+
+
+def _from_hub(name: str, pretrained: str | None) -> nn.Module:
+    """Raises ConfigError."""
+    if pretrained is not None:
+        raise ConfigError(f"pretrained = {pretrained!r}: {name} has weights of its own; drop one of the two")
+    try:
+        return cast(nn.Module, open_clip.create_model(name))
+    except (RuntimeError, ValueError) as error:  # what open_clip makes of every failure of a download
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"--model {name}: the Hugging Face hub gives no such model ({reason})") from error
 
 
 def _assemble(

@@ -175,6 +175,15 @@ def test_load_model_says_what_it_could_not_find(name: str, error: type[Exception
         load_model(name)
 
 
+def test_what_the_hub_does_not_give_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("hf-hub:", "hf-hub:nobody/nothing"):
+        with pytest.raises(ConfigError, match=f"--model {name}: the Hugging Face hub gives no such model"):
+            load_model(name)
+    with pytest.raises(ConfigError, match="pretrained = 'openai': hf-hub:nobody/nothing has weights of its"):
+        load_model("hf-hub:nobody/nothing", pretrained="openai")
+
+
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no model here"):
         load_model(tmp_path)
