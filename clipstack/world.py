@@ -24,9 +24,12 @@ class World:
     identity."""
 
     rank: int = 0
+    """0 to size - 1; 0 is the main one, which alone prints and writes."""
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Of this process: where its model and its tensors for collectives are."""
     group: dist.ProcessGroup | None = None
+    """None: torch's default group, where there is more than one process."""
 
     @property
     def is_main(self) -> bool:

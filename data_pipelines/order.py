@@ -36,8 +36,11 @@ class OrderParams:
 
     seed: int = 0
     lanes: int = 4
+    """equal parts of an epoch that are read side by side, so that machines share the download"""
     window_shards: int = 4
+    """shards of a lane whose samples are permuted together"""
     quantum: int = 1
+    """samples taken of a lane before it is the next one's turn"""
 
 
 class Draws(NamedTuple):

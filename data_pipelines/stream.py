@@ -133,14 +133,18 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How stored samples are read. `caption`: the member's ending, or a field of KEY.json."""
+    """How stored samples are read."""
 
     caption: str = "txt"
+    """the member's ending, or a field of KEY.json"""
     captions: Literal["required", "optional", "ignored"] = "required"
     """What a sample without a caption is: bad, or fine; "ignored" leaves captions unread."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
+    """an image of more (width times height) is bad, told by its header"""
     removals: RemovalList = EMPTY
+    """samples that must not be used"""
     cache_dir: Path | None = None
+    """for the indexes of read-only and remote sources; None: a folder of the user's"""
 
 
 def make_manifest(sources: Sequence[tuple[Sequence[str], float]], cache_dir: Path | None = None) -> Manifest:
@@ -184,6 +188,8 @@ class Reader:
         open_file: Callable[[ShardEntry], ShardFile] | None = None,
         max_open: int = MAX_OPEN_SHARDS,
     ) -> None:
+        """open_file: how to open a shard, as a cache does; None: where it lies. max_open: shards that are kept
+        open, the longest unused of them closed first."""
         self.manifest = manifest
         self.options = options
         self._open_file = open_file or open_shard
