@@ -188,8 +188,8 @@ class Reader:
         open_file: Callable[[ShardEntry], ShardFile] | None = None,
         max_open: int = MAX_OPEN_SHARDS,
     ) -> None:
-        """open_file: how to open a shard, as a cache does; None: where it lies. max_open: shards that are kept
-        open, the longest unused of them closed first."""
+        """open_file: how to open a shard, as a cache does; None: where it lies. max_open: so many shards are
+        kept open, and the longest unused is closed first."""
         self.manifest = manifest
         self.options = options
         self._open_file = open_file or open_shard
