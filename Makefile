@@ -40,7 +40,7 @@ SERVE_PIP := $(SERVE)/bin/python -m pip install --quiet --disable-pip-version-ch
 sbom: $(READY) $(SERVE)/.ready
 	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file build/serve.cdx.json \
 		$(SERVE)/bin/python
-	$(BIN)/pip-licenses --python $(SERVE)/bin/python --format markdown --with-urls --output-file build/serve-licences.md
+	$(BIN)/pip-licenses --python $(SERVE)/bin/python --format markdown --with-urls --with-system --output-file build/serve-licences.md
 
 $(SERVE)/.ready: pyproject.toml constraints.txt docker/requirements.py
 	@$(PYTHON) -m venv --clear $(SERVE)
