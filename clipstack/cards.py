@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipstack.config import DataConfig, Recipe, SourceConfig
+from clipstack.config import DataConfig, Recipe
 from clipstack.errors import ClipstackError
 from data_pipelines.errors import DataError
 from data_pipelines.rights import load_removal_list
@@ -149,7 +149,7 @@ def _sources(config: DataConfig, order: Mapping[str, Any] | None) -> Iterator[st
     recorded = None if order is None else order.get("manifest")
     if recorded is not None:
         yield f"The shards' names and contents had SHA-256 `{recorded}`.\n"
-    given = _given(config)
+    given = config.sources
     manifest = _manifest(given, config)
     for k, (paths, weight) in enumerate(given):
         rows = [("shards", ", ".join(paths)), ("weight", f"{weight:g}")]
@@ -163,14 +163,6 @@ def _sources(config: DataConfig, order: Mapping[str, Any] | None) -> Iterator[st
 
 
 _NOT_AT_HAND = ("counts", "unknown: the shards were not at hand when this card was written")
-
-
-def _given(config: DataConfig) -> list[tuple[tuple[str, ...], float]]:
-    train = (config.train,) if isinstance(config.train, str) else config.train
-    weighted = [one for one in train if isinstance(one, SourceConfig)]
-    if weighted:
-        return [((one.path,), one.weight) for one in weighted]
-    return [(tuple(str(path) for path in train), 1.0)]
 
 
 def _manifest(given: Sequence[tuple[tuple[str, ...], float]], config: DataConfig) -> Manifest | None:

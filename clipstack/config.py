@@ -150,6 +150,13 @@ class DataConfig(Frozen):
     augment: AugmentConfig = AugmentConfig()
     """Random changes to training images."""
 
+    @property
+    def sources(self) -> list[tuple[tuple[str, ...], float]]:
+        """(paths, weight) of each source of `train`; paths without weights are one source."""
+        given = (self.train,) if isinstance(self.train, str) else self.train
+        weighted = [one for one in given if isinstance(one, SourceConfig)]
+        return [((one.path,), one.weight) for one in weighted] or [(tuple(map(str, given)), 1.0)]
+
 
 class TrainConfig(Frozen):
     steps: int = Field(gt=0)

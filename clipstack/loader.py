@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from clipstack.config import DataConfig, SourceConfig
+from clipstack.config import DataConfig
 from clipstack.errors import ConfigError, DataError, SampleError, ShardError
 from clipstack.preprocess import Preprocess
 from clipstack.unindexed import UnindexedSamples, announce, expand_unindexed
@@ -109,7 +109,7 @@ class TrainLoader:
             )
         self._config = config
         self._quarantine = Quarantine(quarantine_path)
-        sources = train_sources(config)
+        sources = config.sources
         has_pipes = any(is_pipe(path) for paths, _ in sources for path in paths)
         make = _UnindexedData if has_pipes else _IndexedData
         self._data = make(config, sources, preprocess, batch_size=batch_size, world=world, seed=seed)
@@ -385,16 +385,6 @@ class EvalLoader:
     def close(self) -> None:
         """End the worker processes."""
         self._workers.close()
-
-
-def train_sources(config: DataConfig) -> list[tuple[tuple[str, ...], float]]:
-    """(paths, weight) of each source of `data.train`; paths without weights are one source."""
-    if isinstance(config.train, str):
-        return [((config.train,), 1.0)]
-    weighted = [item for item in config.train if isinstance(item, SourceConfig)]
-    if weighted:
-        return [((source.path,), source.weight) for source in weighted]
-    return [(tuple(str(path) for path in config.train), 1.0)]
 
 
 def read_options(config: DataConfig) -> ReadOptions:
