@@ -15,13 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -38,6 +35,7 @@ from clipstack.features import encode_tokens
 from clipstack.files import flush_to_disk, write_text
 from clipstack.launch import joined_world
 from clipstack.loader import EvalBatch, EvalLoader, ShardSamples
+from clipstack.stopping import STOPPED, StopRequest
 from clipstack.world import World
 from data_pipelines.progress import Progress
 from data_pipelines.sources import ensure_summary, expand, shard_name
@@ -49,7 +47,6 @@ DIGEST_KEY = b"clipstack.shard_digest"
 """In the metadata file: which content the shard had."""
 MIN_DIGITS = 4
 DTYPES: dict[str, np.dtype[Any]] = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
-RESUMABLE = 3
 FLAGS = {
     "format": "clipstack's version",
     "fingerprint": "--model",
@@ -83,28 +80,6 @@ class Done(NamedTuple):
     """False where the shard cannot be read: nothing is written, and the next call tries again."""
 
 
-class StopRequest:
-    """Set by SIGTERM or SIGINT, and looked at between batches."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-
-
-@contextmanager
-def listening() -> Iterator[StopRequest]:
-    """Signals ask to stop instead of ending the process."""
-    stop = StopRequest()
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--data", required=True, metavar="PATH", help="shards: file, folder, pattern or URL")
@@ -131,15 +106,16 @@ def run(args: argparse.Namespace) -> int:
             FORMAT, loaded.name, loaded.fingerprint, args.dtype, parts, tuple(shard_name(url) for url in urls)
         )
         world.from_main(lambda: _claim(args.output, plan, urls))
-        with listening() as stop:
+        stop = StopRequest()
+        with stop.listening():
             done = embed_shards(setup, urls, args.output, plan, stop)
-            is_stopped = world.any(stop.requested)
+            is_stopped = world.any(stop.is_set)
         everyones = [one for ranks in world.gather_objects(done) for one in ranks]
         if world.is_main:
             print(_summary(everyones, args.output))
         if is_stopped:
             print("stopped by signal; the same command goes on from there", file=sys.stderr)
-            return RESUMABLE
+            return STOPPED
     return 0 if all(one.is_whole for one in everyones) else 1
 
 
@@ -181,7 +157,7 @@ def _embed_shard(
             rows.read(url, stop)
     except ShardError as error:
         return Done(0, 1, BadSample(shard_name(url), None, str(error)), is_whole=False)
-    if stop.requested:
+    if stop.is_set:
         return None
     for part, vectors in rows.vectors.items():
         _write_array(files[part], np.concatenate(vectors), DTYPES[plan.dtype])
@@ -214,7 +190,7 @@ class _Rows:
         try:
             for batch in loader:
                 self._add(batch)
-                if stop.requested:
+                if stop.is_set:
                     return
         finally:
             loader.close()
