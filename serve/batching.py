@@ -3,6 +3,10 @@
 An idle device starts at once with whatever waits. While it is busy the queue fills, and what has gathered by
 the time it is free is the next batch. Nobody waits for a batch to fill up, and nothing polls. A device may
 have several lanes: batches that it computes side by side.
+
+A CPU is its own decoder: while its cores are busy with images that are about to come, a batch that were begun
+now would only slow those down, and be a small one. So there a lane leaves what waits for a moment longer, and
+takes no more than its share.
 """
 
 from __future__ import annotations
@@ -47,6 +51,19 @@ class BatchLimits:
 
     def items(self, kind: Kind) -> int:
         return self.images if kind is Kind.IMAGE else self.texts
+
+
+@dataclass(frozen=True)
+class SharedCores:
+    """Cores that compute batches and prepare items as well."""
+
+    total: int
+    preparing: int  # threads that prepare
+    per_batch: int  # threads of one batch while all lanes are busy
+
+    def are_busy(self, *, coming: int, batches: int) -> bool:
+        """Whether none is idle with `coming` items in preparation and `batches` being computed."""
+        return min(coming, self.preparing) + batches * self.per_batch >= self.total
 
 
 class BatchObserver(Protocol):
@@ -165,25 +182,51 @@ class Batcher:
         device: Executor,
         lanes: int = 1,
         limits: BatchLimits | None = None,
+        cores: SharedCores | None = None,
         observer: BatchObserver | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
+        """cores: where items are prepared by the same cores that compute, those."""
         self._runtime = runtime
         self._device = device
         self._lanes = lanes
         self._limits = limits or BatchLimits()
+        self._cores = cores
         self._observer = observer or SilentObserver()
         self._clock = clock
         self._queues: dict[Kind, deque[_Item]] = {kind: deque() for kind in Kind}
         self._running = 0  # batches
+        self._computing = dict.fromkeys(Kind, 0)  # items in them
+        self._coming = dict.fromkeys(Kind, 0)  # items that are being prepared
+        self._last_batch_s = 0.0
 
     def submit(self, kind: Kind, payload: Payload, *, deadline: float) -> asyncio.Future[Float32]:
         """Queue one item; the future gives its vector (D,) or a ServeError. Cancel it to withdraw."""
         result = asyncio.get_running_loop().create_future()
         self._queues[kind].append(_Item(kind, payload, deadline, self._clock(), result))
-        if self._running < self._lanes:
-            self._start_next()
+        self._fill_lanes()
         return result
+
+    @contextmanager
+    def expect(self, kind: Kind) -> Iterator[Callable[[], None]]:
+        """Say that an item is being prepared, until it is submitted or given up within the block.
+
+        Gives a function to call when it will take so long that nothing should wait for it.
+        """
+        is_expected = True
+
+        def forget() -> None:
+            nonlocal is_expected
+            if is_expected:
+                is_expected = False
+                self._coming[kind] -= 1
+                self._fill_lanes()
+
+        self._coming[kind] += 1
+        try:
+            yield forget
+        finally:
+            forget()
 
     def depth(self, kind: Kind) -> int:
         return len(self._queues[kind])
@@ -192,22 +235,42 @@ class Batcher:
     def busy(self) -> bool:
         return self._running > 0
 
-    def _start_next(self) -> None:
+    def _fill_lanes(self) -> None:
         """Hand the device what has gathered, if anything still wants it."""
-        while (kind := self._oldest()) is not None:
-            batch = self._take(kind)
+        while self._running < self._lanes and (kind := self._next_kind()) is not None:
+            batch = self._take(kind, self._share(kind))
             if batch:
                 self._start(kind, batch)
-                return
 
-    def _oldest(self) -> Kind | None:
-        waiting = [(queue[0].queued_at, kind) for kind, queue in self._queues.items() if queue]
-        return min(waiting)[1] if waiting else None
+    def _next_kind(self) -> Kind | None:
+        """The kind that has waited longest, of those with items that should not wait for more."""
+        ready = [kind for kind, queue in self._queues.items() if queue and not self._may_gather(kind)]
+        return min(ready, key=lambda kind: self._queues[kind][0].queued_at, default=None)
 
-    def _take(self, kind: Kind) -> list[_Item]:
+    def _share(self, kind: Kind) -> int:
+        """Most items of the next batch. Lanes that share cores get equal parts: if one took all, the other
+        would compute the rest as it trickles in, one or two at a time, which costs twice as much an item.
+        """
+        most = self._limits.items(kind)
+        if self._cores is None:
+            return most
+        known = len(self._queues[kind]) + self._coming[kind] + self._computing[kind]
+        return min(most, math.ceil(known / self._lanes))
+
+    def _may_gather(self, kind: Kind) -> bool:
+        """Whether a small batch may wait: more is coming, the cores have work without it, and it has waited
+        for less time than a batch takes.
+        """
+        queue, coming = self._queues[kind], self._coming[kind]
+        if self._cores is None or coming == 0 or len(queue) >= self._share(kind):
+            return False
+        is_recent = self._clock() - queue[0].queued_at < self._last_batch_s
+        return is_recent and self._cores.are_busy(coming=coming, batches=self._running)
+
+    def _take(self, kind: Kind, most: int) -> list[_Item]:
         """The next items of a kind, in order of arrival; the withdrawn and the expired are left out."""
         queue, batch, size_bytes, now = self._queues[kind], list[_Item](), 0, self._clock()
-        while queue and len(batch) < self._limits.items(kind):
+        while queue and len(batch) < most:
             item = queue[0]
             if batch and size_bytes + item.payload.nbytes > self._limits.size_bytes:
                 break
@@ -224,6 +287,7 @@ class Batcher:
 
     def _start(self, kind: Kind, batch: list[_Item]) -> None:
         self._running += 1
+        self._computing[kind] += len(batch)
         started = self._clock()
         encode = self._runtime.encode_images if kind is Kind.IMAGE else self._runtime.encode_texts
         loop = asyncio.get_running_loop()
@@ -232,9 +296,11 @@ class Batcher:
 
     def _finish(self, kind: Kind, batch: list[_Item], started: float, work: Future[list[_Outcome]]) -> None:
         """Keep the device busy first, then give out what it made."""
-        self._running -= 1
-        self._start_next()
         now = self._clock()
+        self._running -= 1
+        self._computing[kind] -= len(batch)
+        self._last_batch_s = now - started
+        self._fill_lanes()
         waited_s = started - min(item.queued_at for item in batch)
         self._observer.batch_done(kind, size=len(batch), waited_s=waited_s, device_s=now - started)
         # A future's exception is asked for, not raised: whatever an engine does, the queue goes on.

@@ -107,7 +107,7 @@ async def parse_body(
 
 
 def _parse_json(body: bytes) -> Any:
-    if body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
+    if len(body) > MAX_CONTAINERS and body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
         message = f"the body holds more than {MAX_CONTAINERS} lists and objects: send several requests"
         raise ServeError(ErrorCode.TOO_MANY_ITEMS, message)
     try:

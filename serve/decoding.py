@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import binascii
 import re
 import time
@@ -12,10 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+import pybase64
+
 from serve.batching import Clock, deadline_exceeded
 from serve.errors import ErrorCode, ServeError
 from serve.images import ImageHeader, ImageLimits, decode_pixels, read_header
-from serve.runtime import Runtime, UInt8
+from serve.runtime import CROWD, Runtime, UInt8
 
 HEAVY_PIXELS = 4_000_000
 _DATA_URI_HEAD = re.compile(r"data:[^,]*;base64", re.IGNORECASE)
@@ -52,10 +53,21 @@ class DecodePool:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
         self._heavy_slots = asyncio.Semaphore(max(1, num_threads // 2))
 
-    async def prepare(self, data: bytes | str, runtime: Runtime, *, deadline: float) -> UInt8:
-        """Encoded image (base64 where it is text) -> prepared image. Raises ServeError."""
+    async def prepare(
+        self,
+        data: bytes | str,
+        runtime: Runtime,
+        *,
+        deadline: float,
+        on_heavy: Callable[[], None] = lambda: None,
+    ) -> UInt8:
+        """Encoded image (base64 where it is text) -> prepared image. Raises ServeError.
+
+        on_heavy: called when the image turns out to be a large one.
+        """
         result = await self.run(self._light, data, runtime, deadline=deadline)
         if isinstance(result, _Heavy):
+            on_heavy()
             async with self._heavy_slots:
                 return await self.run(self._decode, result, runtime, deadline=deadline)
         return result
@@ -70,7 +82,8 @@ class DecodePool:
         started = self._clock()
         if started >= deadline:
             raise deadline_exceeded()
-        result = function(*args)
+        with CROWD.preparing():
+            result = function(*args)
         self._observe(self._clock() - started)
         return result
 
@@ -97,6 +110,6 @@ def decode_base64(text: str) -> bytes:
             raise ServeError(ErrorCode.BASE64_INVALID, message)
         start = comma + 1
     try:
-        return base64.b64decode(text[start:], validate=True)
+        return pybase64.b64decode(text[start:], validate=True)
     except (binascii.Error, ValueError) as error:
         raise ServeError(ErrorCode.BASE64_INVALID, "the image is not valid base64") from error

@@ -5,7 +5,9 @@ nothing heavier.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -93,6 +95,43 @@ class SelfTestError(ClipstackError):
 def available_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Crowd:
+    """Threads of this process that compute just now, for all of its models: they share its cores."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._preparing = 0
+        self._batches = 0
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """A thread that prepares an item."""
+        with self._lock:
+            self._preparing += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._preparing -= 1
+
+    @contextmanager
+    def batch(self, threads: int) -> Iterator[int]:
+        """A forward pass. Gives how many of `threads` it should use: those that prepare have one each, and
+        all passes share the others.
+        """
+        with self._lock:
+            self._batches += 1
+            fair = max(1, (threads - self._preparing) // self._batches)
+        try:
+            yield fair
+        finally:
+            with self._lock:
+                self._batches -= 1
+
+
+CROWD = Crowd()
 
 
 class RuntimeLoader(Protocol):

@@ -7,9 +7,10 @@ import logging
 import time
 from collections.abc import Awaitable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from clipstack.errors import ClipstackError
-from serve.batching import BatchLimits, Budget, Kind
+from serve.batching import BatchLimits, Budget, Kind, SharedCores
 from serve.bodies import ByteBudget
 from serve.decoding import DecodePool
 from serve.edge import draining
@@ -60,6 +61,11 @@ class Service:
             lanes=settings.device_lanes,
             decoder=self.decoder,
             limits=BatchLimits(settings.max_batch_images, settings.max_batch_texts, settings.max_batch_bytes),
+            cores=SharedCores(
+                total=available_cores(),
+                preparing=self.decoder.num_threads,
+                per_batch=max(1, (settings.device_threads or available_cores()) // settings.device_lanes),
+            ),
             max_text_chars=settings.max_text_chars,
         )
         self._label_sets: LabelSetStore | None = None
@@ -67,7 +73,7 @@ class Service:
         self.models = {name: self._served(name, load) for name, load in loaders.items()}
         self.loaded_at: dict[str, float] = {}
         self._ready: tuple[float, asyncio.Task[None]] | None = None
-        self._background: set[asyncio.Future[object]] = set()
+        self._background: set[asyncio.Future[Any]] = set()
 
     def _served(self, name: str, load: RuntimeLoader) -> ServedModel:
         settings = self.settings

@@ -8,8 +8,7 @@ import copy
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,7 @@ from serve.bpe import BoundedBpe
 from serve.errors import ErrorCode, ServeError
 from serve.gate import GATE_IMAGES, GATE_TEXTS, centred_cosine, passes
 from serve.runtime import (
+    CROWD,
     Float32,
     Gate,
     ModelInfo,
@@ -223,8 +223,8 @@ class TorchRuntime:
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[UInt8]) -> Float32:
-        with _FORWARDS.one_more() as running:
-            self._thread.use(max(1, self._threads // running))
+        with CROWD.batch(self._threads) as threads:
+            self._thread.use(threads)
             batch = torch.from_numpy(np.stack(images)).to(self._device, non_blocking=True)  # (N, 3, H, W)
             normal = self._loaded.preprocess.normalize(batch).to(self._dtype)
             return _rows(self._model.encode_image(normal))
@@ -234,8 +234,8 @@ class TorchRuntime:
         batch = np.zeros((len(texts), max(len(ids) for ids in texts)), dtype=np.int64)  # (N, longest)
         for row, ids in zip(batch, texts, strict=True):
             row[: len(ids)] = ids
-        with _FORWARDS.one_more() as running:
-            self._thread.use(max(1, self._threads // running))
+        with CROWD.batch(self._threads) as threads:
+            self._thread.use(threads)
             return _rows(self._model.encode_text(torch.from_numpy(batch).to(self._device, non_blocking=True)))
 
 
@@ -248,29 +248,6 @@ class _ThreadSettings(threading.local):
         if self.current != num_threads:
             torch.set_num_threads(num_threads)
             self.current = num_threads
-
-
-class _Running:
-    """Counts the forward passes of this process, of all its models: they share its cores."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._count = 0
-
-    @contextmanager
-    def one_more(self) -> Iterator[int]:
-        """Gives the number of passes, this one included."""
-        with self._lock:
-            self._count += 1
-            count = self._count
-        try:
-            yield count
-        finally:
-            with self._lock:
-                self._count -= 1
-
-
-_FORWARDS = _Running()
 
 
 def _rows(vectors: Tensor) -> Float32:

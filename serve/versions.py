@@ -17,7 +17,16 @@ from typing import TypeVar
 import numpy as np
 
 from clipstack.errors import ClipstackError
-from serve.batching import Batcher, BatchLimits, BatchObserver, Budget, Clock, Kind, deadline_exceeded
+from serve.batching import (
+    Batcher,
+    BatchLimits,
+    BatchObserver,
+    Budget,
+    Clock,
+    Kind,
+    SharedCores,
+    deadline_exceeded,
+)
 from serve.decoding import DecodePool
 from serve.errors import ErrorCode, ServeError
 from serve.items import ImageItem, Item, TextItem
@@ -110,6 +119,8 @@ class Machinery:
     """Batches of one model that the device computes side by side."""
     decoder: DecodePool
     limits: BatchLimits
+    cores: SharedCores
+    """Those of a device that is the CPU."""
     max_text_chars: int
 
 
@@ -213,9 +224,13 @@ class Version:
     ) -> Float32:
         assert isinstance(item, ImageItem), "URLs are fetched before items are encoded"
         try:
-            async with slots:
-                image = await self._decoder.prepare(item.data, self.runtime, deadline=deadline)
-            return await self.batcher.submit(Kind.IMAGE, image, deadline=deadline)
+            with self.batcher.expect(Kind.IMAGE) as forget:
+                async with slots:
+                    image = await self._decoder.prepare(
+                        item.data, self.runtime, deadline=deadline, on_heavy=forget
+                    )
+                vector = self.batcher.submit(Kind.IMAGE, image, deadline=deadline)
+            return await vector
         except ServeError as error:
             raise error.at(param) from error
 
@@ -348,6 +363,7 @@ class ServedModel:
                 device=shared.device,
                 lanes=shared.lanes,
                 limits=shared.limits,
+                cores=shared.cores if runtime.info.device == "cpu" else None,
                 observer=self._observer,
             )
             old, self._version = self._version, Version(runtime, canary, batcher, shared)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serve.batching import Batcher, BatchLimits, Budget, DrainRate, Kind
+from serve.batching import Batcher, BatchLimits, Budget, DrainRate, Kind, SharedCores
 from serve.errors import ErrorCode, ServeError
 from tests.serve.fakes import END, START, FakeRuntime
 
@@ -56,6 +56,86 @@ def test_a_device_with_two_lanes_computes_two_batches_and_lets_the_rest_gather(r
         assert runtime.batches == [("text", 1), ("text", 1), ("text", 3)]
         for vector, token in zip(vectors, (0, 1, 3, 4, 5), strict=True):
             np.testing.assert_array_equal(vector, runtime.vector(ids(token).tobytes()))
+
+    run(scenario)
+
+
+TWO_CORES = SharedCores(total=2, preparing=2, per_batch=1)
+
+
+def test_lanes_that_share_cores_take_equal_parts(runtime: FakeRuntime) -> None:
+    async def scenario() -> None:
+        runtime.hold()
+        async with batching(runtime, lanes=2, cores=TWO_CORES) as batcher:
+            first = batcher.submit(Kind.TEXT, ids(0), deadline=FOREVER)
+            second = batcher.submit(Kind.TEXT, ids(1), deadline=FOREVER)
+            rest = [batcher.submit(Kind.TEXT, ids(n), deadline=FOREVER) for n in range(2, 12)]
+            runtime.gate.set()
+            await asyncio.gather(first, second, *rest)
+        sizes = [size for _, size in runtime.batches]
+        assert sizes[:2] == [1, 1] and sum(sizes) == 12 and max(sizes) == 6  # (10 waiting + 1 computing) / 2
+
+    run(scenario)
+
+
+def image(number: int) -> np.ndarray[Any, Any]:
+    return np.full((3, 8, 8), number, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("way", ["submitted", "failed", "heavy"])
+def test_a_small_batch_waits_for_what_the_busy_cores_are_preparing_and_for_nothing_else(
+    runtime: FakeRuntime, way: str
+) -> None:
+    async def scenario() -> None:
+        clock = Clock()
+        async with batching(runtime, lanes=2, cores=TWO_CORES, clock=clock) as batcher:
+            runtime.hold()
+            first = batcher.submit(Kind.IMAGE, image(0), deadline=FOREVER)
+            await until_started(runtime)
+            clock.now += 10  # a batch takes so long
+            runtime.gate.set()
+            await first
+            runtime.hold()
+            busy = batcher.submit(Kind.IMAGE, image(1), deadline=FOREVER)
+            await until_started(runtime)
+            with batcher.expect(Kind.IMAGE) as forget:
+                small = batcher.submit(Kind.IMAGE, image(2), deadline=FOREVER)
+                assert batcher.depth(Kind.IMAGE) == 1, "a core computes, the other one prepares"
+                if way == "submitted":
+                    rest = [batcher.submit(Kind.IMAGE, image(3), deadline=FOREVER)]
+                elif way == "heavy":
+                    forget()
+                    assert batcher.depth(Kind.IMAGE) == 0
+            assert batcher.depth(Kind.IMAGE) == 0
+            runtime.gate.set()
+            await asyncio.gather(busy, small, *(rest if way == "submitted" else []))
+        assert runtime.batches == [("image", 1), ("image", 1), ("image", 2 if way == "submitted" else 1)]
+
+    run(scenario)
+
+
+def test_nothing_waits_longer_than_a_batch_takes_nor_while_a_core_is_idle(runtime: FakeRuntime) -> None:
+    async def scenario() -> None:
+        clock = Clock()
+        async with batching(runtime, lanes=2, cores=TWO_CORES, clock=clock) as batcher:
+            runtime.hold()
+            first = batcher.submit(Kind.IMAGE, image(0), deadline=FOREVER)
+            await until_started(runtime)
+            clock.now += 10
+            runtime.gate.set()
+            await first
+            runtime.hold()
+            with batcher.expect(Kind.IMAGE):  # one core prepares, and the other is idle
+                alone = batcher.submit(Kind.IMAGE, image(1), deadline=FOREVER)
+                assert batcher.depth(Kind.IMAGE) == 0
+                small = batcher.submit(Kind.IMAGE, image(2), deadline=FOREVER)
+                assert batcher.depth(Kind.IMAGE) == 1
+                clock.now += 10
+                with batcher.expect(Kind.IMAGE):
+                    pass
+                assert batcher.depth(Kind.IMAGE) == 0
+            runtime.gate.set()
+            await asyncio.gather(alone, small)
 
     run(scenario)
 
