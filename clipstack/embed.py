@@ -32,11 +32,12 @@ from clipstack.eval_data import by_number
 from clipstack.eval_tasks import Setup, caption_lines
 from clipstack.evaluate import add_model_arguments
 from clipstack.features import encode_tokens
-from clipstack.files import flush_to_disk, write_text
+from clipstack.files import write_text
 from clipstack.launch import joined_world
 from clipstack.loader import EvalBatch, EvalLoader, ShardSamples
 from clipstack.stopping import STOPPED, StopRequest
 from clipstack.world import World
+from data_pipelines.files import flush_to_disk
 from data_pipelines.progress import Progress
 from data_pipelines.sources import ensure_summary, expand, shard_name
 from data_pipelines.stream import BadSample
