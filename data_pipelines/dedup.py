@@ -17,6 +17,7 @@ import polars as pl
 
 from data_pipelines.build import print_report
 from data_pipelines.errors import DataError
+from data_pipelines.files import write_text
 from data_pipelines.inputs import expand_shards
 from data_pipelines.reshard import add_copy_arguments, copy_target, reshard_items
 from data_pipelines.shard_rows import read_rows
@@ -252,15 +253,16 @@ def run(args: argparse.Namespace) -> int:
     items = [rows.inputs.items[place] for place in places if place not in dropped]
     inputs = replace(rows.inputs, items=items, stamp=f"{rows.inputs.stamp}\n{json.dumps(asdict(dedup))}")
     report = reshard_items(inputs, out, options, processes=args.processes, label="dedup: write")
-    with open(out / DUPLICATES, "w", encoding="utf-8") as file:
-        for d in duplicates:
-            pair = {
-                "dropped": rows.inputs.items[places[d.dropped]].origin,
-                "kept": rows.inputs.items[places[d.kept]].origin,
-                "by": d.by,
-                "distance": d.distance,
-            }
-            file.write(json.dumps(pair, ensure_ascii=False) + "\n")
+    pairs = (
+        {
+            "dropped": rows.inputs.items[places[d.dropped]].origin,
+            "kept": rows.inputs.items[places[d.kept]].origin,
+            "by": d.by,
+            "distance": d.distance,
+        }
+        for d in duplicates
+    )
+    write_text(out / DUPLICATES, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
     print_report(report, out)
     return 0
 

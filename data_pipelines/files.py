@@ -34,3 +34,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # it has its name by now, or the disk refuses this as well
             partial.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file as a whole. Raises ShardError."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -13,6 +13,7 @@ import polars as pl
 
 from data_pipelines.build import print_report
 from data_pipelines.errors import DataError
+from data_pipelines.files import write_text
 from data_pipelines.inputs import expand_shards
 from data_pipelines.reshard import add_copy_arguments, copy_target, reshard_items
 from data_pipelines.shard_rows import FRAME_SCHEMA, ShardRows, read_rows
@@ -157,7 +158,8 @@ def run(args: argparse.Namespace) -> int:
     ]
     inputs = replace(rows.inputs, items=items, stamp=f"{rows.inputs.stamp}\n{json.dumps(rules)}")
     report = reshard_items(inputs, out, options, processes=args.processes, label="filter: write")
-    (out / "filter.json").write_text(
+    write_text(
+        out / "filter.json",
         json.dumps(
             {
                 "samples": selection.samples,
@@ -166,7 +168,6 @@ def run(args: argparse.Namespace) -> int:
             },
             indent=2,
         ),
-        encoding="utf-8",
     )
     print_report(report, out)
     return 0

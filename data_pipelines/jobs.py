@@ -32,7 +32,7 @@ import numpy as np
 
 from data_pipelines.encode import ImageOptions, StoredImage, prepare_image
 from data_pipelines.errors import DataError, SampleError, ShardError, Stopped
-from data_pipelines.files import whole_file
+from data_pipelines.files import write_text
 from data_pipelines.index import Sample, ShardWriter, index_path
 from data_pipelines.inputs import (
     Inputs,
@@ -212,7 +212,7 @@ def build_shard(
             write_table(rows, table_path(tar))
             writer.commit()
     report = ShardReport(job.name, len(rows), writer.size if rows else 0, tuple(rejects), tuple(removed))
-    _write_text(_report_path(out, job.name), json.dumps(asdict(report), ensure_ascii=False))
+    write_text(_report_path(out, job.name), json.dumps(asdict(report), ensure_ascii=False))
     return report
 
 
@@ -403,7 +403,7 @@ def _claimed(out: Path, plan: Mapping[str, Any], inputs: Inputs) -> Iterator[Non
         times = _times(inputs.files)
         before = _read_json(work / "plan.json")
         if before is None:
-            _write_text(work / "plan.json", json.dumps({"plan": plan, "times": times}))
+            write_text(work / "plan.json", json.dumps({"plan": plan, "times": times}))
         else:
             _refuse_other_plan(out, before["plan"], plan)
             if before["times"] != times:
@@ -457,13 +457,13 @@ def _finish(
         removed=len(removed),
         reasons=dict(sorted(Counter(reason_kind(reject.reason) for reject in rejects).items())),
     )
-    _write_text(out / REJECTS, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejects))
+    write_text(out / REJECTS, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejects))
     if plan["removal"] is not None:
-        _write_text(out / REMOVED, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in removed))
+        write_text(out / REMOVED, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in removed))
     if inputs.classnames:
-        _write_text(out / "classnames.txt", "".join(name + "\n" for name in inputs.classnames))
-    _write_text(out / SIZES, json.dumps({r.name: r.samples for r in written}, indent=0))
-    _write_text(out / REPORT, json.dumps({"plan": plan, "report": asdict(report)}, indent=2, sort_keys=True))
+        write_text(out / "classnames.txt", "".join(name + "\n" for name in inputs.classnames))
+    write_text(out / SIZES, json.dumps({r.name: r.samples for r in written}, indent=0))
+    write_text(out / REPORT, json.dumps({"plan": plan, "report": asdict(report)}, indent=2, sort_keys=True))
     return report
 
 
@@ -524,8 +524,3 @@ def _read_json(path: Path) -> Any:
         return None
     except ValueError as error:
         raise DataError(f"{path}: damaged; delete its folder and build again") from error
-
-
-def _write_text(path: Path, text: str) -> None:
-    with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")

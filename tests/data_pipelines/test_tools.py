@@ -286,6 +286,19 @@ def test_dedup_by_each_kind_drops_what_repeats(mixed: Path, tmp_path: Path) -> N
         assert all(entry["kept"].startswith("a.tar/") for entry in log)
 
 
+@pytest.mark.parametrize(
+    "arguments, report",
+    [(("dedup", "--by", "exact"), "duplicates.jsonl"), (("filter", "--rule", "width > 5"), "filter.json")],
+)
+def test_a_report_that_cannot_be_written_is_one_line(
+    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], report: str
+) -> None:
+    (tmp_path / "out" / report).mkdir(parents=True)
+    command, *options = arguments
+    assert run(command, mixed, *options, "-o", tmp_path / "out") == 1
+    assert f"{report}: cannot be written: Is a directory" in capsys.readouterr().err
+
+
 def test_keep_largest_prefers_the_larger_picture() -> None:
     rows: list[dict[str, object]] = [
         {"phash": "0" * 16, "sha256": f"{i}", "original_width": size, "original_height": size}
