@@ -2,6 +2,7 @@
 
     python benchmarks/loss.py                          CPU, fp32, N = 4096, 8192, 16384
     python benchmarks/loss.py --device cuda [--triton] bf16, N = 32768, 65536, 131072
+    python benchmarks/loss.py --losses mixing siglip   these beside ClipLoss and our clip
 
 Every measurement is a fresh process, and the contestants take turns. Wall time is that of one pass after a
 small warm-up; added memory is the peak above what stood before the pass, with the features in place, so it
@@ -26,6 +27,11 @@ PEER = "open_clip ClipLoss"
 OURS: dict[str, dict[str, Any]] = {
     "clip": {"name": "clip"},
     "hard_negative": {"name": "hard_negative", "beta": 0.5},
+    "debiased": {"name": "debiased", "tau_plus": 1e-4},
+    "dcl": {"name": "dcl"},
+    "siglip": {"name": "siglip"},
+    "mixing": {"name": "clip", "mixing": {"top_k": 64, "count": 16}},
+    "individual_temperature": {"name": "clip", "individual_temperature": {}},
 }
 
 
@@ -39,6 +45,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant; 3 from N = 16384 on")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--triton", action="store_true", help="our tiles in Triton instead of torch (cuda)")
+    parser.add_argument(
+        "--losses",
+        choices=[*OURS],
+        nargs="+",
+        default=["hard_negative"],
+        help="beside ClipLoss and our clip (default: hard_negative)",
+    )
     parser.add_argument("--json", type=Path, help="where to write the raw figures")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -54,7 +67,9 @@ def main() -> None:
 
 def compare(size: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """All contestants at one size, in turns, each in a process of its own."""
-    figures: dict[str, list[dict[str, float]]] = {name: [] for name in (PEER, *OURS)}
+    figures: dict[str, list[dict[str, float]]] = {
+        name: [] for name in dict.fromkeys((PEER, "clip", *args.losses))
+    }
     for _ in range(args.rounds if size < 16384 else min(args.rounds, 3)):
         for name, runs in figures.items():
             command = [sys.executable, __file__, "--one", name, "--sizes", str(size), "--dim", str(args.dim)]
@@ -73,7 +88,7 @@ def compare(size: int, args: argparse.Namespace) -> list[dict[str, Any]]:
 def table(results: list[dict[str, Any]]) -> str:
     """Medians with their spread, and their ratio to those of the peer and of our clip at the same N."""
     lines = [
-        "| N | loss | wall s (least-most) | x peer | x our clip | CPU s, x peer | added GiB, x peer |",
+        "| N | loss | wall s (least-most) | x peer | x clip | CPU s, x peer, x clip | added GiB, x peer |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     medians = {
@@ -87,7 +102,7 @@ def table(results: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {n} | {name} | {wall:.2f} ({spread(result, 'wall_s', 1)}) "
             f"| {wall / medians[n, PEER, 'wall_s']:.2f} | {wall / medians[n, 'clip', 'wall_s']:.2f} "
-            f"| {cpu:.2f}, {cpu / medians[n, PEER, 'cpu_s']:.2f} "
+            f"| {cpu:.2f}, {cpu / medians[n, PEER, 'cpu_s']:.2f}, {cpu / medians[n, 'clip', 'cpu_s']:.2f} "
             f"| {added / 2**30:.3f}, {added / medians[n, PEER, 'added_bytes']:.3f} |"
         )
     return "\n".join(lines)
@@ -137,7 +152,10 @@ def contestant(args: argparse.Namespace) -> Any:
     from clipstack.world import World
 
     objective = build_objective(OURS[args.one], World(device=torch.device(args.device)), triton=args.triton)
-    return lambda image, text, logit_scale: objective(Embeddings(image, text, logit_scale)).total
+    bias = torch.tensor(-10.0, device=args.device, requires_grad=True) if args.one == "siglip" else None
+    return lambda image, text, logit_scale: (
+        objective(Embeddings(image, text, logit_scale, bias), sample_index=torch.arange(len(image))).total
+    )
 
 
 def load_clip_loss() -> Any:
