@@ -31,10 +31,10 @@ from clipstack.features import Encoder, Features, encode_all, encode_tokens, log
 from clipstack.launch import joined_world
 from clipstack.loader import EvalLoader, ShardSamples
 from clipstack.preprocess import Preprocess
-from clipstack.retrieval import retrieval_metrics, retrieval_ranks
+from clipstack.retrieval import RETRIEVAL_METRICS, retrieval_metrics, retrieval_ranks
 from clipstack.templates import load_templates
 from clipstack.world import World
-from clipstack.zero_shot import classifier, outcomes, zero_shot_metrics
+from clipstack.zero_shot import ZERO_SHOT_METRICS, classifier, outcomes, zero_shot_metrics
 
 TASKS = ("zeroshot", "retrieval", "probe", "compositional")
 DEFAULT_TEMPLATES = "simple"
@@ -54,9 +54,9 @@ def validate(encoder: Encoder, preprocess: Preprocess, recipe: Recipe, world: Wo
     samples have classes and their names are known; retrieval where samples have captions and are not too
     many.
     """
-    if recipe.data.val is None:
+    paths = _val_paths(recipe)
+    if not paths:
         return {}
-    paths = (recipe.data.val,) if isinstance(recipe.data.val, str) else recipe.data.val
     # A damaged validation sample is counted and left out; it must not end a training run.
     config = recipe.data.model_copy(update={"max_bad_fraction": 1.0})
     samples = ShardSamples(paths, config, captions="optional")
@@ -72,8 +72,7 @@ def validate(encoder: Encoder, preprocess: Preprocess, recipe: Recipe, world: Wo
     if len(features.texts):
         size = min(recipe.train.batch_size, MAX_LOSS_BATCH)
         values["clip_loss"] = clip_loss(features, scale, batch_size=size)
-    beside = [folder for path in paths for folder in folders_beside(path)]
-    classnames = find_classnames(recipe.eval.classnames, beside, key="eval.classnames")
+    classnames = _classnames(recipe, paths)
     if classnames is not None and _has_known_class(features, len(classnames)):
         values |= _classify(encoder, features, classnames, recipe.eval.templates, scale, preprocess, world)
     if _is_searchable(features) and len(features.sample) <= MAX_RETRIEVAL_IN_TRAINING:
@@ -81,6 +80,36 @@ def validate(encoder: Encoder, preprocess: Preprocess, recipe: Recipe, world: Wo
             retrieval_ranks(features.images, features.texts, features.owner, world=world)
         )
     return values
+
+
+def possible_metrics(recipe: Recipe) -> list[str]:
+    """What `validate` can give, of what a checkpoint may be the best by; what it does give depends on the
+    samples' classes and captions. Raises DataError where data.val cannot be read, ConfigError where
+    eval.classnames cannot."""
+    paths = _val_paths(recipe)
+    if not paths:
+        return []
+    samples = ShardSamples(paths, recipe.data, captions="optional")
+    names = ["clip_loss"]
+    if _classnames(recipe, paths) is not None:
+        names += ZERO_SHOT_METRICS
+    if samples.num_samples <= MAX_RETRIEVAL_IN_TRAINING:
+        names += RETRIEVAL_METRICS
+    return names
+
+
+def _val_paths(recipe: Recipe) -> tuple[str, ...]:
+    given = recipe.data.val or ()
+    return (given,) if isinstance(given, str) else given
+
+
+def lower_is_better(metric: str) -> bool:
+    return metric in ("clip_loss", "ece") or metric.endswith("_median_rank")
+
+
+def _classnames(recipe: Recipe, paths: Sequence[str]) -> Sequence[str] | None:
+    beside = [folder for path in paths for folder in folders_beside(path)]
+    return find_classnames(recipe.eval.classnames, beside, key="eval.classnames")
 
 
 def count_bad(loader: EvalLoader, world: World) -> int:

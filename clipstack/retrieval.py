@@ -167,6 +167,13 @@ def median_rank(ranks: Int64) -> float:
     return float(np.median(ranks) + 1)
 
 
+RETRIEVAL_METRICS = tuple(
+    f"{direction}_{metric}"
+    for direction in Ranks._fields
+    for metric in (*(f"r{k}" for k in RECALL_AT), "median_rank")
+)
+
+
 def retrieval_metrics(ranks: Ranks) -> dict[str, float]:
     """Recalls as fractions 0-1, median ranks from 1."""
     out: dict[str, float] = {}

@@ -23,6 +23,10 @@ PROMPTS_PER_CALL = 256
 """About so many prompts are encoded at once: fixed, so that every rank and every world size does the same
 sums."""
 
+ZERO_SHOT_METRICS = (
+    "top1", "top5", "mean_per_class_recall", "balanced_accuracy", "balanced_accuracy_adjusted", "ece",
+)  # fmt: skip
+
 NUM_BINS = 15
 """Of the reliability curve: https://arxiv.org/abs/1706.04599, section 3."""
 
