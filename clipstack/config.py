@@ -379,9 +379,18 @@ def help_config() -> str:
     for key, info in walk_fields(Recipe):
         if any(True for _ in _models_in(info.annotation)) and key != "data.train":
             continue
-        default = "(required)" if info.is_required() else f"= {info.default!r}"
-        lines.setdefault(f"{key} {default}", " ".join((info.description or "").split()))
+        lines.setdefault(f"{key} {_shown_default(info)}", " ".join((info.description or "").split()))
     return "\n".join(f"{head}\n    {meaning}" for head, meaning in lines.items())
+
+
+def _shown_default(info: FieldInfo) -> str:
+    """As it would stand in a recipe; TOML has no word for what is not set."""
+    if info.is_required():
+        return "(required)"
+    value = info.get_default(call_default_factory=True)
+    if value is None:
+        return "(not set)"
+    return f"= {_toml_value(str(value) if isinstance(value, Path) else value)}"
 
 
 def to_toml(recipe: Recipe) -> str:

@@ -32,7 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dir", type=Path, default=Path("runs/demo"), help="where everything goes (default: %(default)s)"
     )
     parser.add_argument("--ranks", type=int, default=2, help="processes to train with (default: %(default)s)")
-    parser.add_argument("--train-samples", type=int, default=30_000, help="pictures to draw for training")
+    parser.add_argument(
+        "--train-samples",
+        type=int,
+        default=30_000,
+        help="pictures to draw for training (default: %(default)s)",
+    )
     parser.add_argument("--serve", action="store_true", help="serve the model at the end")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="recipe values, such as train.steps=100"

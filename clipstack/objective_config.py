@@ -122,6 +122,7 @@ class ClipObjective(_Smoothed):
     """The symmetric softmax loss of CLIP (Radford et al. 2021)."""
 
     name: Literal["clip"] = "clip"
+    """The symmetric softmax loss."""
     individual_temperature: Annotated[IndividualTemperature | None, BeforeValidator(_true_is_default)] = None
     """A learned temperature for every sample in place of the global one; none: off."""
 
@@ -141,6 +142,7 @@ class HardNegativeObjective(_Smoothed):
     """
 
     name: Literal["hard_negative"] = "hard_negative"
+    """Softmax, hard negatives weighed up."""
     beta: float = Field(default=0.25, ge=0.0)
     """Hardness: how much more the hard negatives weigh. 0 is CLIP."""
     tau_plus: TauPlus = 0.0
@@ -163,6 +165,7 @@ class DebiasedObjective(_Smoothed):
     """The debiased contrastive loss (Chuang et al. 2020)."""
 
     name: Literal["debiased"] = "debiased"
+    """Softmax, corrected for negatives that are positives."""
     tau_plus: TauPlus = 0.1
     """Assumed probability that a negative is in truth a positive."""
 
@@ -171,12 +174,14 @@ class DclObjective(_Softmax):
     """The decoupled contrastive loss (Yeh et al. 2022): no positive in the denominator."""
 
     name: Literal["dcl"] = "dcl"
+    """Softmax, without the positive in the denominator."""
 
 
 class SiglipObjective(_Objective):
     """The pairwise sigmoid loss of SigLIP (Zhai et al. 2023). Needs a model with a logit_bias."""
 
     name: Literal["siglip"] = "siglip"
+    """The pairwise sigmoid loss."""
 
 
 OBJECTIVES = (ClipObjective, HardNegativeObjective, DebiasedObjective, DclObjective, SiglipObjective)
