@@ -130,7 +130,10 @@ class TrainLoader:
 
     def check_state(self, state: Mapping[str, object]) -> None:
         """Raises ConfigError naming what differs from the run that saved `state`."""
-        names = {"manifest": "data.train (its shards)", "weights": "data.train (its weights)", "seed": "seed"}
+        names = {
+            "manifest": "data.train (its shards)", "weights": "data.train (its weights)",
+            "unindexed": "data.train", "seed": "seed",
+        }  # fmt: skip
         for name, value in self.state().items():
             if state.get(name) != value:
                 key = names.get(name, f"data.{name}")
@@ -152,9 +155,14 @@ class TrainLoader:
             rate.count(len(made.value.keys), made.bad)
             yield made.value
 
+    def write_quarantine(self) -> None:
+        """Try again what the disk has refused."""
+        self._quarantine.write_pending()
+
     def close(self) -> None:
         """End the worker processes."""
         self._data.close()
+        self._quarantine.write_pending()
 
 
 class _IndexedData:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import sys
+import time
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +17,7 @@ from clipstack.checkpoint import (
     RECIPE_FILE,
     Snapshot,
     checkpoints,
+    finish_replacements,
     is_finished,
     load_snapshot,
     newest_sound,
@@ -24,12 +30,17 @@ from clipstack.model import ClipModel, load_open_clip_weights
 from clipstack.world import World
 
 FIXED_KEYS = (
-    "seed", "model", "objective", "optim", "data.train", "data.caption", "data.lanes", "data.window_shards",
+    "seed", "model", "objective", "optim", "data.caption", "data.lanes", "data.window_shards",
     "data.quantum", "data.augment", "train.batch_size", "train.precision", "train.ema_decay",
 )  # fmt: skip
-"""What a run is: changing one of these on resume would make it another run."""
+"""What a run is: changing one of these on resume would make it another run. Of `data.train` it is the
+shards that count, not the path: see `TrainLoader.check_state`."""
 FREE_KEYS = ("model.grad_checkpointing", "model.compile", "model.pretrained")
 """How it is computed, or what a resumed run does not read."""
+LOCK_FILE = ".lock"
+LOCK_WAIT_S = 30.0
+"""The ranks of a launch whose launcher was killed still save; the same command may be given meanwhile."""
+LOCK_POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -42,26 +53,98 @@ class Plan:
     resume_from: Path | None
     messages: tuple[str, ...]
 
-    def load(self, recipe: Recipe, model: ClipModel, world: World) -> Snapshot | None:
-        """The state to go on from, its weights put into `model`; for a new run, write its recipe.
-        Collective."""
-        snapshot = None
-        if self.resume_from is not None:
-            snapshot = load_snapshot(self.resume_from)
-            load_open_clip_weights(model.towers, snapshot.weights, source=str(self.resume_from))
-            model.record = snapshot.record
-        world.from_main(lambda: _write_recipe(recipe))
+    def load(self, model: ClipModel) -> Snapshot | None:
+        """The state to go on from, its weights put into `model`; None for a new run. Raises
+        CheckpointError."""
+        if self.resume_from is None:
+            return None
+        snapshot = load_snapshot(self.resume_from)
+        load_open_clip_weights(model.towers, snapshot.weights, source=str(self.resume_from))
+        model.record = snapshot.record
         return snapshot
 
 
-def _write_recipe(recipe: Recipe) -> None:
+class RunLock:
+    """Keeps a second launch out of a run folder: an flock on RUN/.lock, which the kernel drops when the
+    process that holds it ends, however it ends. One process of a launch takes it."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._file: int | None = None
+
+    def take(self, *, at_most_s: float) -> None:
+        """Wait a little for the ranks of a launch that is ending. Raises ConfigError for one that is not."""
+        make_folder(self._run_dir, self._run_dir)
+        try:
+            self._file = os.open(self._run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise _unwritable(self._run_dir, error) from error
+        os.register_at_fork(after_in_child=self.release)  # loader workers must not hold it for us
+        give_up = time.monotonic() + min(LOCK_WAIT_S, at_most_s)
+        said = False
+        while not self._is_taken():
+            if time.monotonic() >= give_up:
+                raise ConfigError(
+                    f"run.dir = {str(self._run_dir)!r}: another launch is training in this folder (it holds "
+                    f"{LOCK_FILE}); wait for it, stop it, or choose another folder"
+                )
+            if not said:
+                print(f"{self._run_dir}: waiting for another launch to leave it", file=sys.stderr, flush=True)
+                said = True
+            time.sleep(LOCK_POLL_S)
+
+    def _is_taken(self) -> bool:
+        assert self._file is not None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise _unwritable(self._run_dir, error) from error
+            print(
+                f"{self._run_dir}: its file system knows no locks ({error.strerror}); nothing keeps a second "
+                "launch out",
+                file=sys.stderr,
+                flush=True,
+            )
+        return True
+
+    def release(self) -> None:
+        """In a forked child this lets go of the child's copy only."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+
+def make_folder(folder: Path, run_dir: Path) -> None:
+    """Raises ConfigError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir = {str(run_dir)!r}: cannot be made ({error}); choose another folder"
+        ) from error
+
+
+def write_recipe(recipe: Recipe) -> None:
+    """Raises ConfigError."""
     try:
         write_text(recipe.run.dir / RECIPE_FILE, to_toml(recipe))
     except OSError as error:
-        raise ConfigError(
-            f"run.dir = {str(recipe.run.dir)!r}: cannot be written ({error}); make room or choose another "
-            "folder"
-        ) from error
+        raise _unwritable(recipe.run.dir, error) from error
+
+
+def _unwritable(run_dir: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"run.dir = {str(run_dir)!r}: cannot be written ({error}); make room or choose another folder"
+    )
 
 
 def prepare(recipe: Recipe, *, fresh: bool, dry_run: bool = False) -> Plan:
@@ -70,13 +153,8 @@ def prepare(recipe: Recipe, *, fresh: bool, dry_run: bool = False) -> Plan:
     saved = run_dir / RECIPE_FILE
     if dry_run:
         return Plan(recipe, 0, False, None, ())
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "checkpoints").mkdir(exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"run.dir = {str(run_dir)!r}: cannot be made ({error}); choose another folder"
-        ) from error
+    make_folder(run_dir / "checkpoints", run_dir)
+    finish_replacements(run_dir / "checkpoints")
     if not saved.exists():
         left = checkpoints(run_dir / "checkpoints")
         if left:

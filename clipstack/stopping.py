@@ -1,6 +1,6 @@
 """SIGTERM and SIGINT: asked for by a scheduler, a launcher or the keyboard, looked at once a step.
 
-A launcher that dies has the kernel send SIGTERM to its ranks (`end_with_parent`). `deepspeed` stands one
+A launcher that dies has the kernel send SIGTERM to its ranks (`end_with_launcher`). `deepspeed` stands one
 generation higher, above launch.py, which does not notice its death: the ranks look for it themselves.
 """
 
@@ -19,6 +19,7 @@ from types import FrameType
 
 STOPPED = 3
 """Exit code of a run that stopped early and can be resumed."""
+_PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
@@ -55,6 +56,8 @@ class StopRequest:
         os.set_blocking(told, False)
         before = signal.set_wakeup_fd(told)  # the number of each signal is written there at once
         threading.Thread(target=_leave_when_told, args=(heard,), daemon=True, name="stop").start()
+        if self._signalled:  # between the handlers and the line above
+            os._exit(STOPPED)
         try:
             yield
         finally:
@@ -72,10 +75,38 @@ def _leave_when_told(heard: int) -> None:
     os.close(heard)
 
 
-def end_with_parent() -> None:
-    """Have the kernel send SIGTERM when the launcher dies, so that no rank trains on alone (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+def end_with_launcher() -> None:
+    """Have the kernel send SIGTERM when the launcher dies, so that no rank trains on alone (Linux).
+
+    The first thing that a rank does: one whose launcher dies before that is noticed by nobody. Without a
+    launcher nothing is asked for: a shell that ends must not take its background job along.
+    """
+    if "RANK" not in os.environ or sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent or _is_orphan():
+        print("the launcher is gone; so is this rank", file=sys.stderr, flush=True)
+        os._exit(STOPPED)
+
+
+def _is_orphan() -> bool:
+    """Whether DeepSpeed's launch.py has started this rank and is no more: it sets CROSS_RANK."""
+    return "CROSS_RANK" in os.environ and not any(map(_is_deepspeeds, _ancestors()))
+
+
+def _ancestors() -> Iterator[int]:
+    pid: int | None = os.getppid()
+    while pid:
+        yield pid
+        pid = _parent_of(pid)
+
+
+def _is_deepspeeds(pid: int) -> bool:
+    try:
+        return b"deepspeed.launcher.launch" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -92,12 +123,8 @@ class _Runner:
 def _deepspeed_runner() -> _Runner | None:
     """Only where our parent is DeepSpeed's launch.py: elsewhere a grandparent may come and go as it likes."""
     launcher = os.getppid()
-    try:
-        command = Path(f"/proc/{launcher}/cmdline").read_bytes()
-    except OSError:
-        return None
     runner = _parent_of(launcher)
-    return _Runner(launcher, runner) if b"deepspeed.launcher.launch" in command and runner else None
+    return _Runner(launcher, runner) if _is_deepspeeds(launcher) and runner else None
 
 
 def _parent_of(pid: int) -> int | None:

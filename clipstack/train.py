@@ -13,12 +13,18 @@ _HERE = Path(__file__).resolve().parent
 if sys.path and Path(sys.path[0] or ".").resolve() == _HERE:
     sys.path[0] = str(_HERE.parent)
 
+from clipstack.stopping import StopRequest, end_with_launcher
+
+if __name__ == "__main__":
+    end_with_launcher()  # before the imports below, which take seconds
+
 import argparse
 import os
 import signal
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,7 +33,6 @@ from clipstack.config import Recipe, help_config, load_recipe
 from clipstack.errors import ClipstackError, ConfigError, DataError
 
 if TYPE_CHECKING:
-    from clipstack.stopping import StopRequest
     from clipstack.world import World
 
 GRACE_S = 5.0
@@ -35,6 +40,7 @@ GRACE_S = 5.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code: 0 done, 1 failed, 2 wrong input, 3 stopped but resumable."""
+    end_with_launcher()
     args = _parse(argv)
     if args.help_config:
         print(help_config())
@@ -71,27 +77,29 @@ def _about_lost_peer(error: RuntimeError) -> str:
 
 def run(recipe: Recipe, args: argparse.Namespace) -> int:
     """Build everything that the recipe names, then train it."""
-    from clipstack.stopping import StopRequest
-
     stop = StopRequest()
-    with stop.listening():
+    with stop.listening(), ExitStack() as held:
         with stop.leaving_at_once():
-            start = _build(recipe, args, stop)
+            start = _build(recipe, args, stop, held)
         return start()
 
 
-def _build(recipe: Recipe, args: argparse.Namespace, stop: StopRequest) -> Callable[[], int]:
-    """What there is to do, ready to start; calling it gives the exit code."""
+def _build(recipe: Recipe, args: argparse.Namespace, stop: StopRequest, held: ExitStack) -> Callable[[], int]:
+    """What there is to do, ready to start; calling it gives the exit code. held: what is let go of after
+    it."""
     from clipstack.engine import Engine, read_user_config, start_distributed, user_precision
     from clipstack.flops import peak_seconds_per_sample
     from clipstack.model import build_model
-    from clipstack.run_folder import prepare, resolve_precision
-    from clipstack.stopping import end_with_parent
+    from clipstack.preprocess import Preprocess
+    from clipstack.run_folder import RunLock, prepare, resolve_precision, write_recipe
+    from clipstack.trainer import open_data
 
     user_config = read_user_config(args.deepspeed_config)
     world = start_distributed(timeout=timedelta(seconds=recipe.train.collective_timeout_s))
-    end_with_parent()
     check_batch(recipe, world)
+    if not args.dry_run:
+        lock = held.enter_context(RunLock(recipe.run.dir))
+        world.from_main(lambda: lock.take(at_most_s=recipe.train.collective_timeout_s / 2))
     plan = world.from_main(lambda: prepare(recipe, fresh=args.fresh, dry_run=args.dry_run))
     if plan.is_finished:
         how = f"finished at step {plan.step}; nothing to do (raise train.steps to go on)"
@@ -99,25 +107,30 @@ def _build(recipe: Recipe, args: argparse.Namespace, stop: StopRequest) -> Calla
         return lambda: 0
     for line in plan.messages:
         _say(world, line)
-    model = build_model(
-        recipe.model,
-        seed=recipe.seed,
-        needs_logit_bias=recipe.objective.name == "siglip",
-        load_weights=plan.resume_from is None,
+    model = world.together(
+        lambda: build_model(
+            recipe.model,
+            seed=recipe.seed,
+            needs_logit_bias=recipe.objective.name == "siglip",
+            load_weights=plan.resume_from is None,
+        )
     )
     resolved = resolve_precision(plan.recipe, model, world, decided=user_precision(user_config))
     if args.dry_run:
         from clipstack.dry_run import dry_run
 
         return partial(dry_run, resolved, model, world, user_config)
-    snapshot = plan.load(resolved, model, world)
+    snapshot = world.together(lambda: plan.load(model))
+    preprocess = Preprocess.from_record(model.record, augment=resolved.data.augment)
+    loader = open_data(resolved, preprocess, world, resume_from=snapshot)
+    world.from_main(lambda: write_recipe(resolved))
     assert resolved.train.precision != "auto"
     peak_s = peak_seconds_per_sample(model, world, resolved.train.precision)
     engine = Engine(model, resolved, world, user_config=user_config)
     if snapshot is not None:
         engine.load_optimizer_state(snapshot.optimizer)
     return partial(
-        _fit, resolved, engine, world=world, resume_from=snapshot, stop=stop, peak_s_per_sample=peak_s
+        _fit, resolved, engine, loader, world=world, resume_from=snapshot, stop=stop, peak_s_per_sample=peak_s
     )
 
 

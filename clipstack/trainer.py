@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -27,18 +28,19 @@ from clipstack.checkpoint import (
 from clipstack.config import OptimConfig, Recipe, to_toml
 from clipstack.dropout import row_keys
 from clipstack.engine import Engine, StepResult
-from clipstack.errors import ConfigError, DivergenceError
-from clipstack.evaluate import validate
+from clipstack.errors import ConfigError, DataError, DivergenceError
+from clipstack.evaluate import lower_is_better, possible_metrics, validate
 from clipstack.guard import Guard, Verdict, is_good
-from clipstack.loader import Batch, ShardSamples, TrainLoader
+from clipstack.loader import Batch, TrainLoader
 from clipstack.losses import build_objective
 from clipstack.losses.inputs import NonFiniteError
 from clipstack.losses.types import Embeddings, LossOutput
 from clipstack.preprocess import Preprocess
-from clipstack.reporting import ROLLED_BACK, Reporter, Silent
+from clipstack.reporting import QUARANTINE_FILE, ROLLED_BACK, Reporter, Silent
 from clipstack.saver import Saver
 from clipstack.stopping import STOPPED, StopRequest
 from clipstack.telemetry import Clock
+from clipstack.templates import load_templates
 from clipstack.world import World
 
 
@@ -52,6 +54,7 @@ class Outcome(Enum):
 def fit(
     recipe: Recipe,
     engine: Engine,
+    loader: TrainLoader,
     *,
     world: World,
     resume_from: Snapshot | None,
@@ -63,12 +66,12 @@ def fit(
     peak_s_per_sample: what a sample would take if all devices worked at their peak, for the MFU; None where
     that is unknown.
     """
-    run = Training(recipe, engine, world, peak_s_per_sample=peak_s_per_sample)
+    run = Training(recipe, engine, loader, world, peak_s_per_sample=peak_s_per_sample)
     reporter, steps = run.reporter, recipe.train.steps
     try:
         if resume_from is not None:
             run.restore(resume_from)
-        reporter.start(run.progress.step)
+        world.from_main(lambda: reporter.start(run.progress.step))
         batches = run.batches()
         while run.progress.step < steps:
             with run.clock.waiting_for_data():
@@ -173,7 +176,13 @@ class Training:
     otherwise."""
 
     def __init__(
-        self, recipe: Recipe, engine: Engine, world: World, *, peak_s_per_sample: float | None = None
+        self,
+        recipe: Recipe,
+        engine: Engine,
+        loader: TrainLoader,
+        world: World,
+        *,
+        peak_s_per_sample: float | None = None,
     ) -> None:
         run_dir, train = recipe.run.dir, recipe.train
         self.recipe, self.engine, self.world = recipe, engine, world
@@ -181,18 +190,13 @@ class Training:
         self.guard = Guard(recipe.guard)
         self._preprocess = Preprocess.from_record(engine.model.record, augment=recipe.data.augment)
         self._objective = build_objective(recipe.objective, world)
-        self._loader = TrainLoader(
-            recipe.data, preprocess=self._preprocess, batch_size=train.batch_size, world=world,
-            seed=recipe.seed, quarantine_path=run_dir / "quarantine.jsonl",
-        )  # fmt: skip
-        if recipe.data.val is not None:
-            _check_validation(recipe)  # now, not after the first thousand steps
+        self._loader = loader
         self._share = train.batch_size // world.size
         self._passes = make_passes(
             self._encode, engine.backward, share=self._share, micro_batch_size=train.micro_batch_size
         )
         self._average = None if train.ema_decay is None else MovingAverage(engine, train.ema_decay)
-        self.reporter = Reporter(run_dir, recipe) if world.is_main else Silent()
+        self.reporter = world.together(lambda: Reporter(run_dir, recipe) if world.is_main else Silent())
         self.saver = Saver(run_dir / "checkpoints", recipe.checkpoint, world, self.reporter)
         self.clock = Clock(world.device, peak_s_per_sample=peak_s_per_sample)
         engine.train()
@@ -289,6 +293,7 @@ class Training:
     def evaluate(self) -> None:
         """Validate, and remember where the best value was."""
         self.saver.settle()  # validation forks loader processes
+        self.engine.share_statistics()
         self.engine.eval()
         values = validate(self.engine, self._preprocess, self.recipe, self.world)
         self.engine.train()
@@ -299,11 +304,13 @@ class Training:
 
     def save(self) -> None:
         """Write a checkpoint while training goes on."""
+        self._loader.write_quarantine()
         with self.clock.saving():
             self.saver.save(self._snapshot(), best_step=self.progress.best_step)
 
     def save_for_sure(self) -> None:
         """Write a checkpoint now. Raises CheckpointError."""
+        self._loader.write_quarantine()
         with self.clock.saving():
             self.saver.save_for_sure(self._snapshot(), best_step=self.progress.best_step)
 
@@ -346,9 +353,7 @@ class Training:
         )
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go on from a snapshot whose weights and optimizer state the engine has. Raises ConfigError for
-        other data."""
-        self._loader.check_state(snapshot.order)
+        """Go on from a snapshot whose weights and optimizer state the engine has."""
         self._restore_the_rest(snapshot)
         self.guard.restore(snapshot.progress["guard"])
 
@@ -364,13 +369,13 @@ class Training:
 
     def roll_back(self, step: int, next_sample: int) -> None:
         """Go back to the newest checkpoint of good times, and leave out the data since. Raises
-        DivergenceError."""
+        DivergenceError, and CheckpointError where the disk refuses; on every rank."""
         self.saver.settle()
         self.guard.count_rollback()
         folder = self.recipe.run.dir / "checkpoints"
         reason = self.guard.reason
         path = self.world.from_main(lambda: newest_good(folder, reason))
-        snapshot = load_snapshot(path)
+        snapshot = self.world.together(lambda: load_snapshot(path))
         self.engine.load_weights(snapshot.weights)
         self.engine.load_optimizer_state(snapshot.optimizer)
         windows = self.progress.skipped_windows
@@ -380,7 +385,7 @@ class Training:
         self.progress.skipped_windows = [*windows, window]
         # The log goes back as well, as it would if the run were killed now; the event stays, and says what
         # happened.
-        self.reporter.start(snapshot.step, rolled_back=True)
+        self.world.from_main(lambda: self.reporter.start(snapshot.step, rolled_back=True))
         self.reporter.event(
             ROLLED_BACK, snapshot.step,
             f"{self.guard.reason}; back to step {snapshot.step}, leaving out samples {window[0]} to "
@@ -395,11 +400,45 @@ class Training:
         self.reporter.close()
 
 
-def _check_validation(recipe: Recipe) -> None:
-    """Raises DataError where data.val cannot be read."""
-    paths = (recipe.data.val,) if isinstance(recipe.data.val, str) else recipe.data.val
-    assert paths is not None
-    ShardSamples(paths, recipe.data, captions="optional")
+def open_data(
+    recipe: Recipe, preprocess: Preprocess, world: World, *, resume_from: Snapshot | None
+) -> TrainLoader:
+    """The training data; missing indexes are made. What is wrong with them, or with the validation data, is
+    found here and not after the first thousand steps. Raises ConfigError, DataError, on every rank.
+    Collective."""
+
+    def open_own() -> TrainLoader:
+        if recipe.data.val is not None:
+            check_validation(recipe)
+        loader = TrainLoader(
+            recipe.data, preprocess=preprocess, batch_size=recipe.train.batch_size, world=world,
+            seed=recipe.seed, quarantine_path=recipe.run.dir / QUARANTINE_FILE,
+        )  # fmt: skip
+        if resume_from is not None:
+            loader.check_state(resume_from.order)
+        return loader
+
+    loader = world.together(open_own)
+    for rank, state in enumerate(world.gather_objects(loader.state())):
+        if state != loader.state():
+            raise DataError(
+                f"data.train: rank {rank} sees other shards than rank {world.rank}; give every machine the "
+                "same ones"
+            )
+    return loader
+
+
+def check_validation(recipe: Recipe) -> None:
+    """Raises DataError where data.val cannot be read, ConfigError for an eval.best_metric that validation
+    does not give, and for templates or class names that cannot be read."""
+    load_templates(recipe.eval.templates)
+    metric, possible = recipe.eval.best_metric, possible_metrics(recipe)
+    if metric is not None and metric not in possible:
+        near = difflib.get_close_matches(metric, possible, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(
+            f"eval.best_metric = {metric!r}: {hint}Validation on data.val can give {', '.join(possible)}"
+        )
 
 
 def newest_good(folder: Path, reason: str) -> Path:
@@ -427,8 +466,8 @@ def copied(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def note_best(progress: Progress, values: Mapping[str, Any], metric: str | None) -> None:
-    """Remember this step if `metric` is better than ever: lower for a loss, higher for anything else. Raises
-    ConfigError."""
+    """Remember this step if `metric` is better than ever. Raises ConfigError for data that do not give
+    it."""
     if metric is None:
         return
     if metric not in values:
@@ -441,5 +480,5 @@ def note_best(progress: Progress, values: Mapping[str, Any], metric: str | None)
     value = float(values[metric])
     if not math.isfinite(value):
         return
-    if progress.best is None or (value < progress.best if "loss" in metric else value > progress.best):
+    if progress.best is None or (value < progress.best if lower_is_better(metric) else value > progress.best):
         progress.best, progress.best_step = value, progress.step

@@ -88,6 +88,25 @@ class World:
             raise box[0]
         return cast(T, box[0])
 
+    def together(self, make: Callable[[], T]) -> T:
+        """What `make` returns on each rank; where it raises a ClipstackError on one, all raise.
+
+        For what every rank does by itself and may fail at alone, such as reading files: no rank is left
+        waiting in the next collective. `make` must not be collective. Collective.
+        """
+        failure: ClipstackError | None = None
+        try:
+            made = make()
+        except ClipstackError as error:
+            failure = error
+        failures = self.gather_objects(failure)
+        if failure is not None:
+            raise failure
+        for rank, error in enumerate(failures):
+            if error is not None:
+                raise type(error)(f"rank {rank}: {error}")
+        return made
+
     def barrier(self) -> None:
         """Collective."""
         if self.size > 1:

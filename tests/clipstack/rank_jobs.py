@@ -3,29 +3,34 @@ code."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import resource
 import signal
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import clipstack.torchvision_compat  # noqa: F401  isort: skip  (has to precede timm and open_clip)
 import torch
 from deepspeed.utils import safe_get_full_grad
+from timm.layers.attention import Attention
 from timm.layers.drop import DropPath
 from torch import Tensor
 
 from clipstack import engine as engine_module
-from clipstack import train, trainer
+from clipstack import model as model_module
+from clipstack import reporting, run_folder, train, trainer
 from clipstack.accumulation import Part, make_passes
 from clipstack.average import MovingAverage
 from clipstack.config import ModelConfig, Recipe, load_recipe, parse_recipe
 from clipstack.dropout import key_dropouts, row_keys
 from clipstack.engine import Engine, StepResult, make_optimizer, start_distributed
-from clipstack.loader import Batch
+from clipstack.loader import Batch, TrainLoader
 from clipstack.losses import build_objective
 from clipstack.losses.types import Embeddings, LossOutput
 from clipstack.model import ClipModel, build_model, make_record
@@ -67,9 +72,13 @@ def global_batch(size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return images, tokens, ids
 
 
+def build(recipe: Recipe) -> ClipModel:
+    return build_model(recipe.model, seed=recipe.seed, needs_logit_bias=recipe.objective.name == "siglip")
+
+
 def reference(recipe: Recipe) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of one process on the whole global batch, with nothing but torch."""
-    model = build_model(recipe.model, seed=recipe.seed)
+    model = build(recipe)
     images, tokens, ids = global_batch(recipe.train.batch_size)
     objective = build_objective(recipe.objective, World())
     loss = objective(model(images, tokens), sample_ids=ids)
@@ -100,11 +109,11 @@ def worst(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[flo
 
 def every_stage_gives_the_gradients_of_one_process(argv: Sequence[str]) -> int:
     world = start_distributed()
-    for objective in ({"name": "clip"}, {"name": "hard_negative", "beta": 0.5}):
+    for objective in ({"name": "clip"}, {"name": "hard_negative", "beta": 0.5}, {"name": "siglip"}):
         for stage in (0, 1, 2, 3):
             recipe = tiny_recipe(train={"zero_stage": stage}, objective=objective)
             expected_loss, expected = reference(recipe)
-            engine = Engine(build_model(recipe.model, seed=recipe.seed), recipe, world)
+            engine = Engine(build(recipe), recipe, world)
             images, tokens, ids = share(world, *global_batch(recipe.train.batch_size))
             loss = build_objective(recipe.objective, world)(engine.forward(images, tokens), sample_ids=ids)
             engine.backward(loss.total)
@@ -117,6 +126,7 @@ def every_stage_gives_the_gradients_of_one_process(argv: Sequence[str]) -> int:
             assert error <= BOUND, (objective, stage, name, error)
             assert abs(mean - expected_loss) <= 1e-6 * abs(expected_loss)
             assert "towers.logit_scale" in expected
+            assert ("towers.logit_bias" in expected) == (objective["name"] == "siglip")
     return 0
 
 
@@ -143,23 +153,30 @@ DROPOUTS = {
 
 
 def _with_dropout(model: ClipModel) -> ClipModel:
-    """A model with two kinds of dropout besides patch dropout, in both towers."""
+    """A model with two kinds of dropout besides patch dropout in both towers, and a third in the image
+    tower: inside attention that would be fused."""
     for tower in (model.towers.visual.transformer, model.towers.transformer):
         for block in tower.resblocks:
             block.mlp.add_module("drop", torch.nn.Dropout(0.3))
             block.ls_2 = DropPath(0.3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        attention = Attention(16, num_heads=2, attn_drop=0.3)
+    model.towers.visual.transformer.resblocks[-1].mlp.add_module("attention", attention)
     return model
 
 
 def one_pass(recipe: Recipe, change: Callable[[ClipModel], ClipModel]) -> dict[str, Tensor]:
-    """The gradients of step 5 in one process, in one pass, in fp32, without DeepSpeed."""
+    """The gradients of step 5 in one process, in one pass, in the recipe's precision, without DeepSpeed."""
     size = recipe.train.batch_size
     plain = recipe.model.model_copy(update={"grad_checkpointing": False})
     model = change(build_model(plain, seed=recipe.seed))
     key_dropouts(model).rows = row_keys(0, 5, torch.arange(size))
     images, tokens, ids = global_batch(size)
     objective = build_objective({"name": "hard_negative", "beta": 0.5}, World())
-    objective(model(images, tokens), sample_ids=ids).total.backward()
+    with engine_module.autocast(torch.device("cpu"), recipe.train.precision):
+        embeddings = model(images, tokens)
+    objective(embeddings, sample_ids=ids).total.backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -191,7 +208,9 @@ class _Faults:
     nan_image, spike: places whose images are NaN, whose loss is a hundredfold. inf_gradient: places. crash,
     hang, kill: a place. disk_full: [low, high), places between which no file may grow beyond 2 MB, on all
     ranks.
-    sigterm: the phase of training in which this process signals itself, once.
+    sigterm: the phase of training in which this process signals itself, once. no_log: in a roll-back,
+    metrics.jsonl cannot be cut, which is the main rank's to do. leave_out: windows of the data that are left
+    out from the start.
     """
 
     def __init__(self, world_size: int, rank: int) -> None:
@@ -199,6 +218,9 @@ class _Faults:
         self.is_last = rank == world_size - 1
         self.place = 0
         self._signalled = False
+
+    def given(self, name: str) -> Any:
+        return self._given.get(name, ())
 
     def at(self, name: str) -> bool:
         given = self._given.get(name)
@@ -268,7 +290,45 @@ def train_with_faults(argv: Sequence[str]) -> int:
             faults.phase("export")
             super().export()
 
+        def batches(self) -> Iterator[Batch]:
+            self.progress.skipped_windows += [(low, high) for low, high in faults.given("leave_out")]
+            return super().batches()
+
+        def roll_back(self, step: int, next_sample: int) -> None:
+            if faults.given("no_log"):
+                reporting.write_text = _no_space
+            super().roll_back(step, next_sample)
+
     trainer.Training = Faulty  # type: ignore[misc]
+    build, open_data = model_module.build_model, trainer.open_data
+
+    def build_model_with_faults(*args: Any, **options: Any) -> ClipModel:
+        faults.phase("build")
+        return build(*args, **options)
+
+    def open_data_with_faults(*args: Any, **options: Any) -> TrainLoader:
+        faults.phase("open data")
+        return open_data(*args, **options)
+
+    model_module.build_model, trainer.open_data = build_model_with_faults, open_data_with_faults
+    return train.main(argv)
+
+
+def _no_space(path: Path, text: str) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def train_with_the_last_rank_elsewhere(argv: Sequence[str]) -> int:
+    """The training command; the first argument is the folder that the last rank runs in."""
+    folder, *rest = argv
+    if os.environ["RANK"] == "1":
+        os.chdir(folder)
+    return train.main(rest)
+
+
+def train_impatiently(argv: Sequence[str]) -> int:
+    """The training command, which waits for another launch only shortly."""
+    run_folder.LOCK_WAIT_S = 0.5
     return train.main(argv)
 
 
@@ -373,6 +433,101 @@ def updates_equal_those_of_plain_adamw(argv: Sequence[str]) -> int:
                 "to the bit"
             )
     return 0
+
+
+def siglip_trains_its_bias_as_one_process_does(argv: Sequence[str]) -> int:
+    """Three steps at every stage, in one pass and in micro-batches, against plain AdamW."""
+    world = start_distributed()
+    options = {"lr": 1e-2, "grad_clip_norm": 0.0, "eps": 1e-3}
+
+    def recipe_at(stage: int, micro: int | None) -> Recipe:
+        return tiny_recipe(
+            train={"batch_size": 16, "zero_stage": stage, "micro_batch_size": micro},
+            optim=options,
+            objective={"name": "siglip"},
+        )
+
+    images, tokens, ids = global_batch(16)
+    plain = build(recipe_at(0, None))
+    start = plain.towers.logit_bias.detach().clone()
+    optimizer = make_optimizer(plain, recipe_at(0, None).optim)
+    for _ in range(3):
+        optimizer.zero_grad()
+        objective = build_objective({"name": "siglip"}, World())
+        objective(plain(images, tokens), sample_ids=ids).total.backward()
+        optimizer.step()
+    expected = {n: p.detach() for n, p in plain.towers.named_parameters()}
+    assert float((expected["logit_bias"] - start).abs()) > 1e-3, "the bias moves"
+
+    for stage in (0, 1, 2, 3):
+        for micro in (None, 2):
+            recipe = recipe_at(stage, micro)
+            engine = Engine(build(recipe), recipe, world)
+            engine.train()
+            passes = make_passes(
+                lambda part, engine=engine: engine.forward(part.images, part.tokens, dropout_keys=part.keys),
+                engine.backward, share=8, micro_batch_size=micro,
+            )  # fmt: skip
+            mine = share(world, images, tokens, ids)
+            for _ in range(3):
+                embeddings = passes.forward(Part(mine[0], mine[1], torch.arange(8)))
+                loss = build_objective({"name": "siglip"}, world)(embeddings, sample_ids=mine[2])
+                passes.backward(loss.total)
+                assert engine.step(1e-2).applied
+            weights = engine.weights()
+            if world.is_main:
+                error, name = worst(weights, expected)
+                bias = float((weights["logit_bias"] - expected["logit_bias"]).abs())
+                print(f"stage {stage}, micro-batch {micro}: {error:.1e} ({name}), bias {bias:.1e}")
+                assert error <= 2e-5 and bias <= 1e-6, (stage, micro, name, error, bias)
+    return 0
+
+
+def memory_for_activations_does_not_grow_with_the_batch(argv: Sequence[str]) -> int:
+    """What autograd keeps at most at one time on this rank, for global batches of 32 and 256."""
+    world = start_distributed()
+    most: dict[tuple[int, int | None], int] = {}
+    for size in (32, 256):
+        for micro in (4, None):
+            recipe = tiny_recipe(train={"batch_size": size, "micro_batch_size": micro})
+            engine = Engine(build_model(recipe.model, seed=0), recipe, world)
+            engine.train()
+            with _KeptByAutograd() as kept:
+                _step_gradients(engine, world, micro_batch_size=micro, batch_size=size)
+            most[size, micro] = kept.most
+    print(most)
+    assert most[256, None] > 6 * most[32, None], "one pass: it grows with the batch"
+    assert most[256, 4] < 1.1 * most[32, 4] and most[256, 4] < most[32, None], most
+    return 0
+
+
+class _KeptByAutograd:
+    """Bytes of the different tensors that graphs hold for their backward pass; `most` at one time."""
+
+    def __init__(self) -> None:
+        self.most = 0
+        self._now: dict[int, int] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor)
+
+    def _pack(self, tensor: Tensor) -> _Kept:
+        kept = _Kept(tensor)
+        number = id(kept)
+        self._now[number] = tensor.numel() * tensor.element_size()
+        weakref.finalize(kept, self._now.pop, number)
+        self.most = max(self.most, sum(self._now.values()))
+        return kept
+
+    def __enter__(self) -> _KeptByAutograd:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._hooks.__exit__(*exception)
+
+
+class _Kept:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 RECIPES = ("ViT-B-32", "ViT-B-16", "ViT-L-14", "lit", "finetune")

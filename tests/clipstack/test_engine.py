@@ -15,6 +15,8 @@ JOBS = "tests.clipstack.rank_jobs"
         "every_stage_gives_the_gradients_of_one_process",
         "micro_batches_give_the_gradients_of_the_whole_batch",
         "updates_equal_those_of_plain_adamw",
+        "siglip_trains_its_bias_as_one_process_does",
+        "memory_for_activations_does_not_grow_with_the_batch",
     ],
 )
 def test_on_two_ranks(zygote: Zygote, check: str) -> None:

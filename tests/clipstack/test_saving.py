@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+import signal
 import subprocess
-from collections.abc import Iterator
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from clipstack.checkpoint import MANIFEST_FILE, Snapshot, checkpoint_name, newest_sound
+from clipstack.checkpoint import MANIFEST_FILE, Snapshot, checkpoint_name, load_snapshot, newest_sound
 from clipstack.config import CheckpointConfig, GuardConfig, load_recipe, to_toml
 from clipstack.engine import deepspeed_config
 from clipstack.errors import CheckpointError, ConfigError
 from clipstack.files import sha256_of
 from clipstack.guard import Guard
 from clipstack.model import ModelRecord
-from clipstack.reporting import Reporter, Silent
-from clipstack.run_folder import prepare
+from clipstack.reporting import PatientSink, Reporter, Silent, read_lines, wandb_id
+from clipstack.run_folder import RunLock, prepare
 from clipstack.saver import Saver
-from clipstack.trainer import Progress, note_best
+from clipstack.trainer import Progress, check_validation, note_best
 from clipstack.world import World
 from tests.clipstack.training_runs import steps_saved
+
+NOBODY = 65534
 
 
 def snapshot(step: int, *, values: int = 0) -> Snapshot:
@@ -82,6 +91,230 @@ def test_the_checkpoint_to_roll_back_to_stays_while_steps_are_bad(tmp_path: Path
         progress = {"guard": {**guard.state(), "bad_steps": bad}}
         saver.save_for_sure(replace(snapshot(step), progress=progress), best_step=None)
         assert steps_saved(tmp_path) == ([step] if not bad else [8, step])
+
+
+def test_checkpoints_at_multiples_stay_for_good(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    saver = Saver(folder, CheckpointConfig(keep_last=1, keep_every_steps=8), World(), Silent())
+    for step in (4, 8, 12, 16, 20):
+        saver.save_for_sure(snapshot(step), best_step=None)
+    assert steps_saved(tmp_path) == [8, 16, 20]
+
+
+def test_a_save_that_is_not_permitted_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    """Root may write anywhere, so this is done as nobody."""
+    folder = tmp_path / "checkpoints"
+    saver = Saver(folder, CheckpointConfig(), World(), Silent())
+    saver.save_for_sure(snapshot(4), best_step=None)
+    with writable_by_none(folder), pytest.raises(CheckpointError, match=r"could not be saved .*ermission"):
+        saver.save_for_sure(snapshot(8), best_step=None)
+    assert newest_sound(folder) == (folder / checkpoint_name(4), [])
+    saver.save_for_sure(snapshot(12), best_step=None)
+    assert steps_saved(tmp_path) == [4, 12]
+
+
+@contextmanager
+def writable_by_none(folder: Path) -> Iterator[None]:
+    folder.chmod(0o555)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("new_is_whole", [True, False])
+def test_a_kill_while_a_save_replaces_one_of_its_step_loses_neither(
+    tiny_recipe_file: Path, tmp_path: Path, new_is_whole: bool
+) -> None:
+    """A step is saved twice after a roll-back. The kill falls between the two renames."""
+    recipe = load_recipe(tiny_recipe_file, [f"run.dir={tmp_path}"])
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe))
+    folder, name = tmp_path / "checkpoints", checkpoint_name(8)
+    saver = Saver(folder, CheckpointConfig(), World(), Silent())
+    for step in (4, 8):
+        saver.save_for_sure(snapshot(step), best_step=None)
+    os.rename(folder / name, folder / f".{name}.old")
+    Saver(tmp_path / "new", CheckpointConfig(), World(), Silent()).save_for_sure(
+        snapshot(8, values=5), best_step=None
+    )
+    os.rename(tmp_path / "new" / name, folder / f".{name}.tmp")
+    if not new_is_whole:
+        (folder / f".{name}.tmp" / MANIFEST_FILE).unlink()
+    assert prepare(recipe, fresh=False).step == 8
+    assert bool(load_snapshot(folder / name).weights) == new_is_whole
+    saver.save_for_sure(snapshot(12), best_step=None)
+    assert not list(folder.glob(".step-*")), "and nothing is left of it"
+
+
+def test_a_checkpoint_comes_after_the_log_on_the_disk(
+    tiny_recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+
+    def flush(path: Path) -> None:
+        flushed.append(path.name)
+        if broken:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("clipstack.saver.flush_to_disk", flush)
+    monkeypatch.setattr(
+        "clipstack.saver.save_snapshot", lambda folder, snapshot: flushed.append("checkpoint")
+    )
+    reporter = Reporter(tmp_path, load_recipe(tiny_recipe_file, [f"run.dir={tmp_path}"]))
+    reporter.event("test", 1, "a line")
+    saver = Saver(tmp_path / "checkpoints", CheckpointConfig(), World(), reporter)
+    broken = False
+    saver.save_for_sure(snapshot(4), best_step=None)
+    assert flushed == ["metrics.jsonl", "checkpoint"]
+    broken = True
+    with pytest.raises(CheckpointError, match=r"step 8: not saved, since .*metrics\.jsonl cannot be flushed"):
+        saver.save_for_sure(snapshot(8), best_step=None)
+
+
+def test_a_full_disk_silences_tensorboard_and_not_the_run(
+    tiny_recipe_file: Path, small_disk: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard", reason="extra: tensorboard")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "tensorboard").symlink_to(small_disk)
+    reporter = Reporter(run, load_recipe(tiny_recipe_file, [f"run.dir={run}", "log.tensorboard=true"]))
+    reporter.start(0)
+    log_step(reporter, 1)
+    filler = small_disk / "filler"
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pytest.PytestUnhandledThreadExceptionWarning)  # tensorboard's thread
+        for step in range(2, 30):
+            log_step(reporter, step)
+    told = events_of(run)
+    assert len(told) == 1 and "log.tensorboard: cannot be written" in told[0]
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl") if "loss" in line] == [*range(1, 30)]
+
+    filler.unlink()
+    log_step(reporter, 30)
+    assert len(events_of(run)) == 1, "not tried again at every line"
+    reporter._sinks[0]._retry_at = 0.0
+    log_step(reporter, 31)
+    assert "log.tensorboard: works again" in events_of(run)[-1]
+    reporter.close()
+
+
+def events_of(run: Path) -> list[str]:
+    return [line["message"] for line in read_lines(run / "metrics.jsonl") if "event" in line]
+
+
+def log_step(reporter: Reporter, step: int) -> None:
+    reporter.metrics({"step": step, "loss": 1.0, "lr": 0.1, "samples_per_s": 9.0})
+
+
+class Unreachable:
+    """A sink that is never there."""
+
+    name = "log.nowhere"
+
+    def open(self, step: int) -> None:
+        raise OSError("no route")
+
+    def write(self, group: str, values: Mapping[str, Any], step: int) -> None:
+        raise AssertionError("it is not open")
+
+    def close(self) -> None:
+        raise OSError("no route")
+
+
+def test_a_sink_that_fails_says_so_once_and_raises_nothing() -> None:
+    told: list[tuple[int, str]] = []
+    sink = PatientSink(Unreachable(), lambda step, message: told.append((step, message)))
+    sink.open(3)
+    sink.write("train", {}, 4)
+    sink.close(4)
+    assert told == [(3, "log.nowhere: cannot be written (no route); training goes on without it")]
+
+
+def test_runs_named_alike_have_ids_of_their_own_and_keep_them_when_moved(tmp_path: Path) -> None:
+    first, second = tmp_path / "a/run", tmp_path / "b/run"
+    for run in (first, second):
+        run.mkdir(parents=True)
+    assert wandb_id(first) == wandb_id(first) != wandb_id(second)
+    before = wandb_id(first)
+    first.rename(tmp_path / "elsewhere")
+    assert wandb_id(tmp_path / "elsewhere") == before
+
+
+def test_a_best_metric_that_validation_does_not_give_is_refused_at_the_start(
+    tiny_recipe_file: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    val = tmp_path / "part-00003.tar"
+    shutil.copy(tiny_shards / val.name, val)  # without class names beside it
+
+    def check(metric: str, *changes: str) -> None:
+        check_validation(
+            load_recipe(tiny_recipe_file, [f"data.val={val}", f"eval.best_metric={metric}", *changes])
+        )
+
+    check("clip_loss")
+    check("text_to_image_r5")
+    check("top1", f"eval.classnames={tiny_shards / 'classnames.txt'}")
+    with pytest.raises(ConfigError, match=r"eval\.best_metric = 'clip_los': did you mean 'clip_loss'\?"):
+        check("clip_los")
+    with pytest.raises(ConfigError, match=r"eval\.best_metric = 'top1': .*clip_loss, image_to_text_r1"):
+        check("top1")
+    with pytest.raises(ConfigError, match="simpel"):
+        check("clip_loss", "eval.templates=simpel")
+
+
+def test_the_best_is_the_lowest_of_what_should_be_low() -> None:
+    for metric, best in (("clip_loss", 0.1), ("image_to_text_median_rank", 0.1), ("ece", 0.1), ("top1", 0.3)):
+        progress = Progress()
+        for step, value in enumerate((0.2, 0.1, 0.3)):
+            progress.step = step
+            note_best(progress, {metric: value}, metric)
+        assert progress.best == best, metric
+
+
+HOLDER = """
+import os, signal, sys
+from pathlib import Path
+from clipstack.run_folder import RunLock
+lock = RunLock(Path(sys.argv[1]))
+lock.take(at_most_s=1)
+if os.fork() == 0:  # as a loader worker is
+    print("held", flush=True)
+    signal.pause()
+signal.pause()
+"""
+
+
+def test_a_run_folder_is_locked_by_a_process_and_free_when_that_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even while a process that it forked lives on."""
+    monkeypatch.setattr("clipstack.run_folder.LOCK_WAIT_S", 0.1)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with RunLock(tmp_path) as lock, pytest.raises(ConfigError, match="another launch is training in"):
+            lock.take(at_most_s=1)
+        holder.kill()
+        holder.wait()
+        with RunLock(tmp_path) as lock:
+            lock.take(at_most_s=1)
+            with RunLock(tmp_path) as second, pytest.raises(ConfigError):
+                second.take(at_most_s=1)
+        with RunLock(tmp_path) as lock:
+            lock.take(at_most_s=1)
+    finally:
+        os.killpg(holder.pid, signal.SIGKILL)
 
 
 def test_what_killed_saves_have_left_is_removed_by_the_next(tmp_path: Path) -> None:

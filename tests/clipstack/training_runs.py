@@ -78,6 +78,11 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in VARYING} for line in lines]
 
 
+def steps_logged(run: Path) -> list[int]:
+    """[] before the first."""
+    return [line["step"] for line in metrics(run)] if (run / "metrics.jsonl").exists() else []
+
+
 def losses(run: Path) -> list[float]:
     return [line["loss"] for line in metrics(run) if "loss" in line]
 
