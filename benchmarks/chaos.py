@@ -25,6 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.clipstack.launching import POLL_S, Job, Zygote
 from tests.clipstack.training_runs import metrics, weights_hash, write_recipe, write_shards
 
+CUT_SAVE = "in a save"
+"""A kill that left a checkpoint half written."""
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(
@@ -60,17 +63,20 @@ def survives(
     latest_s: float,
     *,
     steps: int = 120,
+    saves: int = 0,
 ) -> bool:
-    """Whether a run killed `rounds` times equals one that was left alone."""
+    """Whether a run killed `rounds` times equals one that was left alone. saves: of these kills, how many at
+    least have to leave a checkpoint half written."""
     start = time.monotonic()
     options = [f"train.zero_stage={stage}", f"train.steps={steps}", "checkpoint.every_steps=5"]
     straight, killed = folder / "straight", folder / "killed"
     ended = zygote.train("--config", recipe, f"run.dir={straight}", *options, timeout_s=300)
     assert ended.codes == [0, 0], ended.text
     moments: Counter[str] = Counter()
-    while sum(moments.values()) < rounds:
+    while sum(moments.values()) < rounds or moments[CUT_SAVE] < saves:
         job = zygote.start_training("--config", recipe, f"run.dir={killed}", *options, launcher=True)
-        moment = await_moment(job, killed, rng, latest_s)
+        in_save, left = moments[CUT_SAVE] < saves, half_written(killed)
+        moment = await_moment(job, killed, left, rng, latest_s, in_save=in_save)
         if job.has_ended():
             # It came through before its turn: from the start again, with the same data and the same end.
             assert job.wait().codes == [0, 0], job.log(0)
@@ -78,9 +84,10 @@ def survives(
             killed = folder / f"killed-{sum(moments.values())}"
             continue
         with suppress(ProcessLookupError):  # it may have ended this very moment
-            job.send(rng.randrange(2), signal.SIGKILL)
+            rank = rng.randrange(2)
+            job.send(0 if in_save else rank, signal.SIGKILL)  # rank 0 is the one that writes
         job.wait(30)  # every rank stops within 30 s
-        moments[moment] += 1
+        moments[CUT_SAVE if half_written(killed) - left else moment] += 1
     ended = zygote.train("--config", recipe, f"run.dir={killed}", *options, timeout_s=300)
     good = ended.codes == [0, 0] and equal(killed, straight)
     seconds = time.monotonic() - start
@@ -92,18 +99,27 @@ def survives(
     return good
 
 
-def await_moment(job: Job, run: Path, rng: random.Random, latest_s: float) -> str:
-    """Wait for the moment to strike; its name."""
+def await_moment(
+    job: Job, run: Path, left: set[tuple[str, int]], rng: random.Random, latest_s: float, *, in_save: bool
+) -> str:
+    """Wait for the moment to strike; its name. in_save: while a checkpoint is being written; `left` are those
+    that earlier kills have left."""
     end = time.monotonic() + rng.uniform(0.5, latest_s)
-    in_save = rng.random() < 1 / 3
+    in_save = rng.random() < 1 / 3 or in_save
     while not job.has_ended():
         if time.monotonic() >= end:
             if not in_save:
                 return "at any time"
-            if any((run / "checkpoints").glob(".step-*")):
-                return "in a save"
+            with suppress(FileNotFoundError):  # it was finished this very moment
+                if half_written(run) - left:
+                    return "near a save"
         time.sleep(POLL_S / 10)
     return "too late"
+
+
+def half_written(run: Path) -> set[tuple[str, int]]:
+    """Checkpoints that are being written, or were when their writer died."""
+    return {(path.name, path.stat().st_ino) for path in (run / "checkpoints").glob(".step-*.tmp")}
 
 
 def equal(ours: Path, theirs: Path) -> bool:
