@@ -25,6 +25,7 @@ from data_pipelines.index import (
     summarize_index,
 )
 
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 HEAD_BYTES = 2**16
 """So much of an index is read for its summary."""
 
@@ -110,11 +111,19 @@ def expand(source: str) -> list[str]:
         for pattern in patterns
         for shard in (_expand_url if is_remote(pattern) else _expand_path)(pattern)
     ]
+    if not found and _holds_images(source):
+        raise DataError(
+            f"{source}: images, no shards; `clipstack data build {source} --output DIR` makes shards of them"
+        )
     if not found:
         raise DataError(
             f"{source}: no shards there; name a .tar file, a folder of them or a pattern that matches some"
         )
     return found
+
+
+def _holds_images(folder: str) -> bool:
+    return any(name.lower().endswith(_IMAGES) for _, _, names in os.walk(folder) for name in names)
 
 
 def expand_all(sources: Sequence[str]) -> list[str]:

@@ -198,6 +198,13 @@ def test_reads_outlive_passing_failures_and_name_lasting_ones(
         make_manifest([((f"{server.url}/none.tar",), 1.0)], tmp_path / "cache")
 
 
+def test_a_folder_of_images_is_told_how_to_become_shards(tmp_path: Path) -> None:
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats/a.JPG").write_bytes(b"")
+    with pytest.raises(DataError, match=r"clipstack data build .* makes shards of them"):
+        expand(str(tmp_path))
+
+
 def remote_manifest(tmp_path: Path, server: Server, count: int = 8, size: int = 6) -> Manifest:
     make_shards(tmp_path / "www", count, size)
     return make_manifest([((f"{server.url}/s{{0..{count - 1}}}.tar",), 1.0)], tmp_path / "cache")
