@@ -16,7 +16,7 @@ ARG DEBIAN_PACKAGES="g++"
 # hadolint ignore=DL3008,SC2086
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends ${DEBIAN_PACKAGES} \
-    && rm -rf /var/lib/apt/lists/*
+    && apt-get clean && rm -rf /var/lib/apt/lists/*
 ENV PATH=/opt/venv/bin:$PATH TORCH_EXTENSIONS_DIR=/opt/extensions
 
 FROM base AS build
