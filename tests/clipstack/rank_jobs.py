@@ -30,6 +30,7 @@ from clipstack.average import MovingAverage
 from clipstack.config import ModelConfig, Recipe, load_recipe, parse_recipe
 from clipstack.dropout import key_dropouts, row_keys
 from clipstack.engine import Engine, StepResult, make_optimizer, start_distributed
+from clipstack.errors import ConfigError
 from clipstack.loader import Batch, TrainLoader
 from clipstack.losses import build_objective
 from clipstack.losses.types import Embeddings, LossOutput
@@ -153,12 +154,17 @@ DROPOUTS = {
 
 
 def _with_dropout(model: ClipModel) -> ClipModel:
-    """A model with two kinds of dropout besides patch dropout in both towers, and a third in the image
-    tower: inside attention that would be fused."""
+    """A model with two kinds of dropout besides patch dropout, in both towers."""
     for tower in (model.towers.visual.transformer, model.towers.transformer):
         for block in tower.resblocks:
             block.mlp.add_module("drop", torch.nn.Dropout(0.3))
             block.ls_2 = DropPath(0.3)
+    return model
+
+
+def _with_more_dropout(model: ClipModel) -> ClipModel:
+    """And with a fourth kind in the image tower: inside attention that would be fused."""
+    model = _with_dropout(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         attention = Attention(16, num_heads=2, attn_drop=0.3)
@@ -181,15 +187,15 @@ def one_pass(recipe: Recipe, change: Callable[[ClipModel], ClipModel]) -> dict[s
 
 
 def micro_batches_give_the_gradients_of_the_whole_batch(argv: Sequence[str]) -> int:
-    """At every stage, dropout of three kinds on, against one process, one pass, stage 0."""
+    """At every stage, dropout of four kinds on, against one process, one pass, stage 0."""
     world = start_distributed()
-    expected = one_pass(tiny_recipe(model=DROPOUTS, train={"batch_size": 16}), _with_dropout)
+    expected = one_pass(tiny_recipe(model=DROPOUTS, train={"batch_size": 16}), _with_more_dropout)
     for stage in (0, 1, 2, 3):
         for micro in (None, 4, 2):
             recipe = tiny_recipe(
                 model=DROPOUTS, train={"zero_stage": stage, "batch_size": 16, "micro_batch_size": micro}
             )
-            engine = Engine(_with_dropout(build_model(recipe.model, seed=recipe.seed)), recipe, world)
+            engine = Engine(_with_more_dropout(build_model(recipe.model, seed=recipe.seed)), recipe, world)
             engine.train()
             for step in (1, 2):  # the second must not inherit anything from the first
                 error, name = worst(
@@ -481,6 +487,32 @@ def siglip_trains_its_bias_as_one_process_does(argv: Sequence[str]) -> int:
                 print(f"stage {stage}, micro-batch {micro}: {error:.1e} ({name}), bias {bias:.1e}")
                 assert error <= 2e-5 and bias <= 1e-6, (stage, micro, name, error, bias)
     return 0
+
+
+def running_statistics_become_the_main_ranks(argv: Sequence[str]) -> int:
+    """BatchNorm sees a rank's share; what is validated and saved is one rank's. In micro-batches it is
+    refused."""
+    world = start_distributed()
+    resnet = {"vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}}
+    for stage in (1, 3):
+        recipe = tiny_recipe(model=resnet, train={"zero_stage": stage})
+        engine = Engine(build(recipe), recipe, world)
+        engine.train()
+        rng = torch.Generator().manual_seed(world.rank)
+        engine.forward(torch.randn(4, 3, 32, 32, generator=rng), torch.ones(4, 8, dtype=torch.int64))
+        statistics = engine.model.towers.visual.bn1.running_mean
+        own = world.gather_objects(statistics.clone())
+        assert not torch.equal(own[0], own[1])
+        engine.share_statistics()
+        assert torch.equal(statistics, own[0])
+        saved = engine.weights()
+        assert not world.is_main or torch.equal(saved["visual.bn1.running_mean"], own[0])
+    try:
+        Engine(build(recipe), tiny_recipe(model=resnet, train={"micro_batch_size": 2}), world)
+    except ConfigError as error:
+        assert "train.micro_batch_size = 2: visual.bn1 (BatchNorm2d)" in str(error)
+        return 0
+    raise AssertionError("not refused")
 
 
 def memory_for_activations_does_not_grow_with_the_batch(argv: Sequence[str]) -> int:

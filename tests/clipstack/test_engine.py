@@ -17,6 +17,7 @@ JOBS = "tests.clipstack.rank_jobs"
         "updates_equal_those_of_plain_adamw",
         "siglip_trains_its_bias_as_one_process_does",
         "memory_for_activations_does_not_grow_with_the_batch",
+        "running_statistics_become_the_main_ranks",
     ],
 )
 def test_on_two_ranks(zygote: Zygote, check: str) -> None:

@@ -28,7 +28,8 @@ def processes(run: Path) -> list[int]:
 def ranks(run: Path) -> list[int]:
     """The processes that train, without launchers and loader workers."""
     training = [pid for pid in processes(run) if "clipstack/train.py" in _command(pid)]
-    launchers = {pid for pid in training if "launch" in _command(pid) or "torchrun" in _command(pid)}
+    names = ("deepspeed.launcher.launch", "torchrun")
+    launchers = {pid for pid in training if any(name in _command(pid) for name in names)}
     return sorted(pid for pid in training if pid not in launchers and _parent(pid) in launchers)
 
 
@@ -97,3 +98,45 @@ def test_deepspeed_killed_then_told_to_stop_leaves_nothing_behind_and_torchrun_f
     assert agent.returncode == 0, output
     assert [line["step"] for line in metrics(run)] == list(range(1, second + 61))
     assert weights_hash(run)
+
+
+def launcher_of(run: Path) -> int:
+    """The process above the ranks, once there are ranks."""
+    wait_until(lambda: ranks(run), START_S, "the ranks")
+    return _parent(ranks(run)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_signals_to_launchers_lose_no_step_and_leave_no_process(tiny_recipe_file: Path, run: Path) -> None:
+    """One run: its launcher killed before it has begun, then three launches stopped on the way."""
+    slow = ("train.steps=2000", "checkpoint.every_steps=1000")
+
+    runner = launch(DEEPSPEED, tiny_recipe_file, run, *slow)
+    os.kill(launcher_of(run), signal.SIGKILL)  # its ranks are importing torch
+    wait_until(lambda: not processes(run), END_S, "end of all processes")
+    runner.communicate()
+    assert lines_logged(run) == 0
+
+    def told_to_launch_py(runner: subprocess.Popen[str]) -> None:
+        os.kill(launcher_of(run), signal.SIGTERM)
+
+    def typed_at_the_terminal(runner: subprocess.Popen[str]) -> None:
+        os.killpg(runner.pid, signal.SIGINT)
+
+    def told_to_torchrun(agent: subprocess.Popen[str]) -> None:
+        agent.terminate()
+
+    done = 0
+    for command, stop in (
+        (DEEPSPEED, told_to_launch_py), (DEEPSPEED, typed_at_the_terminal), (TORCHRUN, told_to_torchrun),
+    ):  # fmt: skip
+        runner = launch(command, tiny_recipe_file, run, *slow)
+        wait_until(lambda done=done: lines_logged(run) >= done + 3, START_S, f"steps before {stop.__name__}")
+        stop(runner)
+        output, _ = runner.communicate(timeout=END_S)
+        wait_until(lambda: not processes(run), END_S, "end of all processes")
+        assert runner.returncode != 0, output
+        done = metrics(run)[-1]["step"]
+        assert steps_saved(run)[-1] == done, (stop.__name__, output)
+        assert [line["step"] for line in metrics(run)] == list(range(1, done + 1))
