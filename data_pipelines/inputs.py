@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, assert_never
 from data_pipelines.errors import DataError, SampleError, ShardError
 from data_pipelines.index import ShardIndex, Span, build_index, decode_index, payload_digest
 from data_pipelines.rights import ALIASES, RIGHTS_COLUMNS, rights_of, rights_of_json
-from data_pipelines.sources import LocalFile, expand, find_index, is_pipe, is_remote
+from data_pipelines.sources import LocalFile, did_you_mean, expand, find_index, is_pipe, is_remote
 from data_pipelines.table import CARRIED, foreign_columns, image_member, json_captions, read_table
 
 if TYPE_CHECKING:
@@ -152,15 +152,8 @@ def _collect_one(text: str, options: InputOptions) -> Inputs:
     if path.suffix == ".tar" or "{" in text:
         return shard_items(expand_shards([text]))
     if not path.exists():
-        raise DataError(f"{text}: no such file or folder{_did_you_mean(path)}")
+        raise DataError(f"{text}: no such file or folder{did_you_mean(path)}")
     raise DataError(f"{text}: not a folder, a shard (.tar) or a table ({', '.join(TABLE_SUFFIXES)})")
-
-
-def _did_you_mean(path: Path) -> str:
-    if not path.parent.is_dir():
-        return ""
-    near = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 # ---- folders -----------------------------------------------------------------------------------------------
@@ -459,7 +452,7 @@ def expand_shards(patterns: Sequence[str]) -> list[Path]:
             below = sorted(str(path) for path in folder.glob("*/*.tar") if not path.name.startswith("."))
             out.extend(below or expand(pattern))
         elif "{" not in pattern and "*" not in pattern and not folder.exists():
-            raise DataError(f"{pattern}: no such shard or folder{_did_you_mean(folder)}")
+            raise DataError(f"{pattern}: no such shard or folder{did_you_mean(folder)}")
         else:
             out.extend(expand(pattern))
     missing = [path for path in out if not os.path.isfile(path)]

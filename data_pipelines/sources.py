@@ -3,6 +3,7 @@ read."""
 
 from __future__ import annotations
 
+import difflib
 import fcntl
 import glob
 import hashlib
@@ -139,7 +140,16 @@ def _expand_path(pattern: str) -> list[str]:
         return [path]
     if glob.has_magic(path):
         return sorted(match for match in glob.glob(path) if not match.endswith(".idx"))
-    raise DataError(f"{pattern}: no such file or folder")
+    raise DataError(f"{pattern}: no such file or folder{did_you_mean(Path(path))}")
+
+
+def did_you_mean(path: Path) -> str:
+    """The end of a message about a path that is not there: what lies beside it under a similar name, if
+    anything does."""
+    if not path.parent.is_dir():
+        return ""
+    near = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def _expand_url(url: str) -> list[str]:

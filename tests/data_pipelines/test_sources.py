@@ -205,6 +205,12 @@ def test_a_folder_of_images_is_told_how_to_become_shards(tmp_path: Path) -> None
         expand(str(tmp_path))
 
 
+def test_a_misspelt_path_is_answered_with_the_one_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "val-shards").mkdir()
+    with pytest.raises(DataError, match=r"no such file or folder; did you mean .*/val-shards\?"):
+        expand(f"{tmp_path}/val-shard/")
+
+
 def remote_manifest(tmp_path: Path, server: Server, count: int = 8, size: int = 6) -> Manifest:
     make_shards(tmp_path / "www", count, size)
     return make_manifest([((f"{server.url}/s{{0..{count - 1}}}.tar",), 1.0)], tmp_path / "cache")
