@@ -80,7 +80,7 @@ class TrainImage:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_the_built_trainer_trains_on_two_ranks_and_compiles_nothing(
     tmp_path: Path, record_property: Any
 ) -> None:
