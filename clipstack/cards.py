@@ -248,12 +248,14 @@ def _table(rows: Sequence[tuple[str, str]]) -> str:
     return f"| | |\n| --- | --- |\n{body}\n"
 
 
-def run_evaluations(run_dir: Path) -> tuple[Mapping[str, Any], ...]:
-    """The last line of a run's eval.jsonl, if there is one."""
+def run_evaluations(run_dir: Path, *, step: int | None) -> tuple[Mapping[str, Any], ...]:
+    """What a run's eval.jsonl says of the weights of `step`, if it does; the last line where there are
+    several."""
     file = run_dir / "eval.jsonl"
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     whole = text[: text.rfind("\n") + 1].splitlines()  # a killed run may have left a torn last line
-    return tuple(json.loads(line) for line in whole[-1:])
+    found = [line for line in map(json.loads, whole) if line.get("step") == step]
+    return tuple(found[-1:])
 
 
 def count_quarantined(run_dir: Path) -> int | None:

@@ -47,8 +47,11 @@ from clipstack.model import (
     record_of_tables,
 )
 from clipstack.preprocess import Preprocess
+from data_pipelines.sources import did_you_mean
 
 FORMAT = 1
+CHECKPOINTS = "checkpoints"
+"""The folder of a run that they lie in."""
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 RECORD_FILE, STATE_FILE, MANIFEST_FILE, RECIPE_FILE = (
     "clipstack.json",
@@ -227,6 +230,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-????????") if path.is_dir())
 
 
+def newest_step(run_dir: Path) -> int:
+    """Of a run's newest checkpoint, by its name; 0 where there is none."""
+    found = checkpoints(run_dir / CHECKPOINTS)
+    return int(found[-1].name.removeprefix("step-")) if found else 0
+
+
 def sound_checkpoints(folder: Path) -> Iterator[Path]:
     """Those that are whole, newest first."""
     return (path for path in reversed(checkpoints(folder)) if damage(path) is None)
@@ -385,7 +394,9 @@ def export_model(
                 f"--evaluation: of model {one['model']} ({one['fingerprint']}), not of this one "
                 f"({about['fingerprint']}); evaluate {source} itself"
             )
-    facts = _facts(source, record, weights, about, evaluations)
+    # What the run measured of the weights that it trains, not of their average.
+    measured = () if average else run_evaluations(_run_of(path, source), step=about.get("step"))
+    facts = _facts(source, record, weights, about, (*measured, *evaluations))
     try:
         with whole_folder(out) as beside:
             save_file(weights, beside / WEIGHTS_FILE)
@@ -417,9 +428,14 @@ def _facts(
         step=about.get("step"),
         samples_seen=about.get("samples_seen"),
         order=about.get("data"),
-        evaluations=(*run_evaluations(source), *evaluations),
+        evaluations=tuple(evaluations),
         num_quarantined=count_quarantined(source),
     )
+
+
+def _run_of(weights: Path, source: Path) -> Path:
+    """The run folder that a checkpoint lies in; `source` where the weights are no checkpoint."""
+    return weights.parent.parent if weights.parent.name == CHECKPOINTS else source
 
 
 def _provenance(path: Path) -> dict[str, Any]:
@@ -471,7 +487,9 @@ def load_model(
         return _assemble(
             name, record, DEFAULT_MAX_LOGIT_SCALE, open_clip_weights(towers), device=device, dtype=dtype
         )
-    tables = named_tables(name, key="--model")
+    if where.parent != Path() and where.parent.is_dir():
+        raise ConfigError(f"--model {name}: no such folder{did_you_mean(where)}")
+    tables = named_tables(name, key="--model", or_folder=True)
     if pretrained is not None:
         towers = named_pretrained(name, pretrained)
         record = record_of_tables(tables, open_clip.get_model_preprocess_cfg(towers))
@@ -521,14 +539,21 @@ def _assemble(
 
 
 def _weights_folder(path: Path, *, prefer_export: bool) -> Path:
-    """The folder below a run, or the folder itself, that holds config and weights. Raises CheckpointError."""
+    """The folder below a run, or the folder itself, that holds config and weights. Raises CheckpointError.
+
+    prefer_export: a run's export rather than its newest checkpoint, unless the run has gone on since.
+    """
     if not path.is_dir():
         raise ConfigError(f"{path}: no such folder; name a run folder, a checkpoint or an exported model")
     if (path / CONFIG_FILE).is_file():
         return path
-    if prefer_export and (path / "export" / CONFIG_FILE).is_file():
-        return path / "export"
-    sound, damaged = newest_sound(path / "checkpoints")
+    export = path / "export"
+    has_export = prefer_export and (export / CONFIG_FILE).is_file()
+    if has_export and not _has_gone_on(path, exported_step(export)):
+        return export
+    sound, damaged = newest_sound(path / CHECKPOINTS)
+    if sound is None and has_export:
+        return export
     if sound is None:
         found = (
             f"only damaged ones: {'; '.join(damaged)}" if damaged else f"no {CONFIG_FILE} and no checkpoints/"
@@ -538,6 +563,13 @@ def _weights_folder(path: Path, *, prefer_export: bool) -> Path:
             f"{path}: no model here ({found}); name a run folder, a checkpoint or an exported model"
         )
     return sound
+
+
+def _has_gone_on(run_dir: Path, exported: int | None) -> bool:
+    """Whether a run has a checkpoint of a later step than its export."""
+    if exported is None:  # an export of others' making
+        return False
+    return newest_step(run_dir) > exported
 
 
 def _read_weights(path: Path) -> tuple[ModelRecord, float, dict[str, Tensor]]:

@@ -11,6 +11,7 @@ __all__ = [
     "SampleError",
     "ShardError",
     "Stopped",
+    "WorkerError",
 ]
 
 
@@ -20,6 +21,10 @@ class ConfigError(ClipstackError):
 
 class CheckpointError(ClipstackError):
     """A checkpoint or exported model that is damaged, incomplete or does not fit."""
+
+
+class WorkerError(ClipstackError):
+    """A process of the run's own that died: killed, or out of memory. The data are as they were."""
 
 
 class DivergenceError(ClipstackError):

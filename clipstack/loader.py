@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from clipstack.config import DataConfig
-from clipstack.errors import ConfigError, DataError, SampleError, ShardError
+from clipstack.errors import ConfigError, DataError, SampleError, ShardError, WorkerError
 from clipstack.preprocess import Preprocess
 from clipstack.unindexed import UnindexedSamples, announce, expand_unindexed
 from clipstack.world import World
@@ -530,7 +530,7 @@ class _Workers:
                 if not self._count or not _is_death(error):
                     raise
                 self.close()
-                raise DataError(
+                raise WorkerError(
                     f"data.workers = {self._count}: a loader process died ({_first_line(error)}); "
                     "most likely it was killed for want of memory: fewer workers need less"
                 ) from error

@@ -199,17 +199,15 @@ def make_record(config: ModelConfig) -> ModelRecord:
     return record_of_tables({**tables, "quick_gelu": True} if config.quick_gelu else tables)
 
 
-def named_tables(name: str, *, key: str) -> dict[str, Any]:
-    """open_clip's config of an architecture name. Raises ConfigError, with the nearest name, for an unknown
-    one."""
+def named_tables(name: str, *, key: str, or_folder: bool = False) -> dict[str, Any]:
+    """open_clip's config of an architecture name. or_folder: it might have been meant as one. Raises
+    ConfigError, with the nearest name, for an unknown one."""
     tables = open_clip.get_model_config(name.replace("/", "-"))
     if tables is None:
         near = difflib.get_close_matches(name, open_clip.list_models(), n=1, cutoff=0.3)
-        raise ConfigError(
-            f"{key} = {name!r}: open_clip has no such architecture; did you mean {near[0]!r}?"
-            if near
-            else f"{key} = {name!r}: open_clip has no such architecture; open_clip.list_models() names them"
-        )
+        hint = f"did you mean {near[0]!r}?" if near else "open_clip.list_models() names them"
+        folder = "there is no such folder, and " if or_folder else ""
+        raise ConfigError(f"{key} = {name!r}: {folder}open_clip has no such architecture; {hint}")
     if "multimodal_cfg" in tables:
         raise ConfigError(
             f"{key} = {name!r}: CoCa's captioning decoder is not supported; take a CLIP architecture"

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from clipstack.charts import Points, line_chart
-from clipstack.checkpoint import RECIPE_FILE, checkpoints, is_finished
+from clipstack.checkpoint import RECIPE_FILE, is_finished, newest_step
 from clipstack.errors import ConfigError
 from clipstack.files import write_text
 from clipstack.reporting import EVAL_FILE, METRICS_FILE, read_lines
@@ -49,6 +50,20 @@ class Run:
         return [(line["step"], line[metric]) for line in self.lines if line.get(metric) is not None]
 
 
+def begun(folders: Sequence[Path]) -> Iterator[Path]:
+    """The folders of runs that got as far as their recipe; the others are named on stderr. Raises ConfigError
+    where all are others."""
+    left_out = 0
+    for folder in folders:
+        if (folder / RECIPE_FILE).is_file():
+            yield folder
+        else:
+            left_out += 1
+            print(f"{folder}: left out, it has no {RECIPE_FILE}", file=sys.stderr)
+    if left_out == len(folders):
+        raise ConfigError(f"none of the {left_out} is a run folder; name runs, such as runs/*")
+
+
 def read_run(folder: Path, name: str) -> Run:
     """Raises ConfigError for a folder that holds no run."""
     if not (folder / RECIPE_FILE).is_file():
@@ -61,14 +76,8 @@ def read_run(folder: Path, name: str) -> Run:
         lines=[line for line in lines if "event" not in line],
         events=[line for line in lines if "event" in line],
         evaluations=_lines(folder / EVAL_FILE),
-        is_finished=is_finished(folder, step=_newest_step(folder), steps=int(recipe["train"]["steps"])),
+        is_finished=is_finished(folder, step=newest_step(folder), steps=int(recipe["train"]["steps"])),
     )
-
-
-def _newest_step(folder: Path) -> int:
-    """Of the newest checkpoint; 0 where there is none."""
-    found = checkpoints(folder / "checkpoints")
-    return int(found[-1].name.removeprefix("step-")) if found else 0
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -195,7 +204,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    runs = [read_run(folder, name) for folder, name in zip(args.runs, names_of(args.runs), strict=True)]
+    folders = args.runs if len(args.runs) == 1 else list(begun(args.runs))
+    runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
     print(table([summary(one) for one in runs]))
     if args.html is not None:
         try:

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from clipstack.config import AugmentConfig, DataConfig, SourceConfig
-from clipstack.errors import ConfigError, DataError
+from clipstack.errors import ConfigError, DataError, WorkerError
 from clipstack.loader import Batch, EvalLoader, TrainLoader
 from clipstack.preprocess import Preprocess
 from clipstack.unindexed import UnindexedWarning
@@ -276,7 +276,7 @@ def test_a_killed_worker_is_a_clear_error_and_not_a_hang(shards: Path) -> None:
     batches = source.iterate(0)
     next(batches)
     os.kill(source._data._workers._iterator._workers[0].pid, signal.SIGKILL)
-    with pytest.raises(DataError, match=r"data\.workers = 2: a loader process died"):
+    with pytest.raises(WorkerError, match=r"data\.workers = 2: a loader process died"):
         for _ in range(100):
             next(batches)
 

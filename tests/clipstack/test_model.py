@@ -1,5 +1,7 @@
 """The model against open_clip's own, its bounded temperature, and weights from elsewhere."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -150,22 +152,58 @@ def test_an_export_of_an_export_is_the_same_model(tmp_path: Path) -> None:
     ).read_bytes()
 
 
-def _exported(folder: Path) -> Path:
+def test_a_run_that_went_on_is_read_from_its_newest_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    fingerprints = []
+    for step in (1, 2):
+        _save(run, step=step)
+        fingerprints.append(export_model(run, tmp_path / f"step-{step}") / "clipstack.json")
+    first, second = (json.loads(path.read_text())["fingerprint"] for path in fingerprints)
+    assert first != second
+    shutil.copytree(tmp_path / "step-1", run / "export")
+    assert load_model(run).fingerprint == second
+    shutil.rmtree(run / "export")
+    shutil.copytree(tmp_path / "step-2", run / "export")
+    (run / "checkpoints/step-00000002/open_clip_model.safetensors").unlink()  # nobody looks there now
+    assert load_model(run).fingerprint == second
+
+
+def test_a_card_shows_what_was_measured_of_these_weights_alone(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _save(run, step=1)
+    lines = [{"step": step, "samples_seen": 8 * step, "n": 4, "top1": 0.25 * step} for step in (1, 1, 2)]
+    lines[1]["top1"] = 0.7
+    (run / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for source in (run, run / "checkpoints/step-00000001"):
+        card = (export_model(source, tmp_path / "out") / "MODEL_CARD.md").read_text()
+        assert "0.7" in card and "0.25" not in card and "0.5" not in card
+    _save(run, step=3)
+    assert "0.7" not in (export_model(run, tmp_path / "out") / "MODEL_CARD.md").read_text()
+
+
+def _save(run: Path, *, step: int) -> None:
+    """A checkpoint of a model whose weights are those of seed `step`."""
     from clipstack.checkpoint import Snapshot, save_snapshot
 
-    model = build_model(SMALL, seed=1)
+    model = build_model(SMALL, seed=step)
     snapshot = Snapshot(
-        step=1, samples_seen=8, record=model.record, max_logit_scale=model.max_logit_scale,
+        step=step, samples_seen=8 * step, record=model.record, max_logit_scale=model.max_logit_scale,
         weights=open_clip_weights(model.towers), optimizer={}, objective={}, order={}, recipe_toml="",
     )  # fmt: skip
-    save_snapshot(folder.with_name(folder.name + "-run") / "checkpoints", snapshot)
+    save_snapshot(run / "checkpoints", snapshot)
+
+
+def _exported(folder: Path) -> Path:
+    _save(folder.with_name(folder.name + "-run"), step=1)
     return export_model(folder.with_name(folder.name + "-run"), folder)
 
 
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("ViT-B-99999", ConfigError, "--model = 'ViT-B-99999'"),
+        ("ViT-B-99999", ConfigError, "--model = 'ViT-B-99999': there is no such folder, and open_clip has"),
+        (f"{Path(__file__).parent}x/losses", ConfigError, "not a folder"),
+        ("tests/clipstak", ConfigError, "did you mean tests/clipstack"),
         ("./nowhere", ConfigError, "not a folder"),
         ("nowhere/at/all/", ConfigError, "not a folder"),
     ],
