@@ -171,7 +171,7 @@ def epochs_of(steps: int) -> int:
 
 
 def steps_in_time(own: Mapping[str, Any], peer: Mapping[str, Any]) -> int:
-    """Steps that an arm does in the core-seconds that the peer's run took, by its own run at equal samples."""
+    """Steps that an arm does in the core-seconds of the peer's run, by its own run at equal samples."""
     return round(peer["cpu_s"] / own["cpu_s"] * own["steps"])
 
 
