@@ -132,7 +132,7 @@ def _unfuse(module: nn.Module) -> None:
     """Have timm's attention drop by its module: fused attention reads the probability and drops by itself."""
     drop = getattr(module, "attn_drop", None)
     if isinstance(drop, KeyedDropout) and drop.p > 0 and hasattr(module, "fused_attn"):
-        module.fused_attn = False
+        module.fused_attn = False  # type: ignore[assignment]  # a plain flag of timm's
 
 
 def _keyed(module: nn.Module, keys: DropoutKeys, salt: int) -> nn.Module | None:

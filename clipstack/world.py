@@ -102,9 +102,9 @@ class World:
         failures = self.gather_objects(failure)
         if failure is not None:
             raise failure
-        for rank, error in enumerate(failures):
-            if error is not None:
-                raise type(error)(f"rank {rank}: {error}")
+        for rank, other in enumerate(failures):
+            if other is not None:
+                raise type(other)(f"rank {rank}: {other}")
         return made
 
     def barrier(self) -> None:
