@@ -79,3 +79,17 @@ def test_the_table_and_the_page_compare_runs(tmp_path: Path, capsys: pytest.Capt
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", str(tmp_path)]) == 2
     assert "not a run folder (recipe.toml is missing)" in capsys.readouterr().err
+
+
+def test_among_several_a_folder_that_is_no_run_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "a", objective="clip", lr=1e-3, losses=[4.0])
+    failed = tmp_path / "failed"
+    (failed / "checkpoints").mkdir(parents=True)
+    assert main(["runs", str(failed), str(run)]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == f"{failed}: left out, it has no recipe.toml\n"
+    assert "step 1/100" in printed.out and "failed" not in printed.out
+    assert main(["runs", str(failed), str(tmp_path)]) == 2
+    assert "none of the 2 is a run folder" in capsys.readouterr().err
