@@ -71,6 +71,16 @@ def test_the_python_examples_work(url: str, folder: Path) -> None:
     assert len(answer.splitlines()) == 2
 
 
+def test_the_client_example_names_a_photo_that_is_missing(folder: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "examples/serve_client.py"), "nowhere.jpg", "cat"]
+    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        command, cwd=folder, env=environ, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("error: nowhere.jpg: no such file")
+
+
 def test_the_curl_example_works(url: str, folder: Path) -> None:
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
