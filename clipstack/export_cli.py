@@ -22,6 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def loading_code(folder: Path) -> str:
+    """The line of Python with which open_clip alone loads an exported folder."""
+    name = f"local-dir:{folder}"
+    return f"model, _, preprocess = open_clip.create_model_and_transforms({name!r})"
+
+
 def run(args: argparse.Namespace) -> int:
     """`clipstack export`. Raises ClipstackError."""
     from clipstack.checkpoint import export_model, load_model
@@ -30,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     evaluations = [read_json(file) for file in args.evaluation]
     print(export_model(args.model, args.output, evaluations=evaluations))
+    print(loading_code(args.output))
     if args.onnx:
         print(export_onnx(load_model(args.output).model, args.output))
     return 0

@@ -7,13 +7,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 
-from clipstack.checkpoint import load_model
+from clipstack.checkpoint import load_model  # isort: skip  (has to precede open_clip)
+import open_clip
+
 from clipstack.cli import main
 from clipstack.templates import load_templates
 from clipstack.zero_shot import classifier
@@ -109,7 +112,12 @@ def test_an_evaluation_enters_the_cards_of_its_own_model_only(
     words = ["--data", str(benchmark_folder), "--task", "zeroshot", "--workers", "0", "--json", str(told)]
     assert main(["eval", "--model", str(model_folders["trained"]), *words]) == 0
     export = ["--output", str(out), "--evaluation", str(told)]
+    capsys.readouterr()
     assert main(["export", "--model", str(model_folders["trained"]), *export]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    names: dict[str, Any] = {"open_clip": open_clip}
+    exec(printed[1], names)  # the line of code that loads it
+    assert printed[0] == str(out) and names["model"].visual.output_dim == 16
     top1 = json.loads(told.read_text())["top1"]
     assert f"| top1 | {top1:.4f} |" in (out / "MODEL_CARD.md").read_text()
     assert "Nothing is recorded" in (out / "DATA_CARD.md").read_text()
