@@ -103,10 +103,10 @@ class _Shared:
         self,
         base_url: str,
         *,
-        token: str | None = None,
-        model: str | None = None,
-        timeout_s: float = 30.0,
-        if_fingerprint: str | None = None,
+        token: str | None,
+        model: str | None,
+        timeout_s: float,
+        if_fingerprint: str | None,
     ) -> None:
         self._base_url = base_url.rstrip("/") + "/"
         self._model = model
@@ -217,15 +217,34 @@ def _models(body: Any) -> list[Model]:
     ]
 
 
+def _first(models: Sequence[Model]) -> str:
+    if not models:
+        raise ApiError(200, "no_models", "the server is ready and lists no model", None, None)
+    return models[0].id
+
+
 class Client(_Shared):
     """The blocking client. Every method raises ApiError for an answer other than success, httpx.HTTPError for
     none.
     """
 
     def __init__(
-        self, base_url: str, *, transport: httpx.BaseTransport | None = None, **options: Any
+        self,
+        base_url: str,
+        *,
+        token: str | None = None,
+        model: str | None = None,
+        timeout_s: float = 30.0,
+        if_fingerprint: str | None = None,
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
-        super().__init__(base_url, **options)
+        """token: what the server asks for, if it does. model: the one to ask; none: the first that it serves.
+        timeout_s: how long a call may take, with the waiting for a busy or loading server. if_fingerprint:
+        refuse vectors of any other model (code `fingerprint_mismatch`). transport: httpx's, for tests.
+        """
+        super().__init__(
+            base_url, token=token, model=model, timeout_s=timeout_s, if_fingerprint=if_fingerprint
+        )
         self._http = httpx.Client(base_url=self._base_url, transport=transport, timeout=self._timeout_s + 5)
 
     def __enter__(self) -> Self:
@@ -247,13 +266,21 @@ class Client(_Shared):
             time.sleep(wait_s)
 
     def models(self) -> list[Model]:
+        """Those that are loaded."""
         return _models(self._send(_Call("GET", "v1/models")))
+
+    def _first_model(self) -> str:
+        models = self.models()
+        if not models:  # still loading: unlike the list, this answers 503 until it is done
+            self._send(_Call("GET", "readyz"))
+            models = self.models()
+        return _first(models)
 
     def embed(
         self, inputs: Sequence[Input], *, dimensions: int | None = None, truncate: bool | None = None
     ) -> Embeddings:
         """Vectors of texts and images, in their order."""
-        model = self._model or self.models()[0].id
+        model = self._model or self._first_model()
         return _embeddings(self._send(self._embed(inputs, model, dimensions=dimensions, truncate=truncate)))
 
     def classify(
@@ -301,9 +328,22 @@ class AsyncClient(_Shared):
     """The same client for asyncio. Every method raises as Client's does."""
 
     def __init__(
-        self, base_url: str, *, transport: httpx.AsyncBaseTransport | None = None, **options: Any
+        self,
+        base_url: str,
+        *,
+        token: str | None = None,
+        model: str | None = None,
+        timeout_s: float = 30.0,
+        if_fingerprint: str | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        super().__init__(base_url, **options)
+        """token: what the server asks for, if it does. model: the one to ask; none: the first that it serves.
+        timeout_s: how long a call may take, with the waiting for a busy or loading server. if_fingerprint:
+        refuse vectors of any other model (code `fingerprint_mismatch`). transport: httpx's, for tests.
+        """
+        super().__init__(
+            base_url, token=token, model=model, timeout_s=timeout_s, if_fingerprint=if_fingerprint
+        )
         self._http = httpx.AsyncClient(
             base_url=self._base_url, transport=transport, timeout=self._timeout_s + 5
         )
@@ -327,13 +367,21 @@ class AsyncClient(_Shared):
             await asyncio.sleep(wait_s)
 
     async def models(self) -> list[Model]:
+        """Those that are loaded."""
         return _models(await self._send(_Call("GET", "v1/models")))
+
+    async def _first_model(self) -> str:
+        models = await self.models()
+        if not models:  # still loading: unlike the list, this answers 503 until it is done
+            await self._send(_Call("GET", "readyz"))
+            models = await self.models()
+        return _first(models)
 
     async def embed(
         self, inputs: Sequence[Input], *, dimensions: int | None = None, truncate: bool | None = None
     ) -> Embeddings:
         """Vectors of texts and images, in their order."""
-        model = self._model or (await self.models())[0].id
+        model = self._model or await self._first_model()
         return _embeddings(
             await self._send(self._embed(inputs, model, dimensions=dimensions, truncate=truncate))
         )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -111,6 +112,60 @@ def test_waiting_ends_with_the_deadline() -> None:
     ):
         client.models()
     assert caught.value.code == "queue_full"
+
+
+def loading_then_ready(*, after_ms: str, lists_one: bool = True) -> httpx.MockTransport:
+    """A server that lists no model until /readyz has said once that it is loading."""
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.path)
+        match request.url.path:
+            case "/readyz" if asked.count("/readyz") == 1:
+                body = {"error": {"code": "loading", "message": "loading", "param": None}, "request_id": "r"}
+                return httpx.Response(503, json=body, headers={"retry-after-ms": after_ms})
+            case "/readyz":
+                return httpx.Response(200, json={"status": "ready"})
+            case "/v1/models":
+                model = {"id": "m", "fingerprint": "f", "dimensions": 1, "context_length": 1}
+                models = [{**model, "image_size": [1, 1]}] if lists_one and "/readyz" in asked else []
+                return httpx.Response(200, json={"data": models})
+            case _:
+                assert json.loads(request.content)["model"] == "m"
+                reply = {"data": [], "model": "m", "fingerprint": "f", "truncated": []}
+                return httpx.Response(200, json=reply)
+
+    return httpx.MockTransport(answer)
+
+
+def embed_with_both(make: Callable[[], httpx.MockTransport]) -> Iterator[Callable[[], str]]:
+    """The model that each client asked, when called."""
+
+    def blocking() -> str:
+        with Client("http://test", transport=make(), timeout_s=1) as client:
+            return client.embed([]).model
+
+    async def waiting() -> str:
+        async with AsyncClient("http://test", transport=make(), timeout_s=1) as client:
+            return (await client.embed([])).model
+
+    yield blocking
+    yield lambda: asyncio.run(waiting())
+
+
+def test_embed_waits_for_a_server_that_is_loading() -> None:
+    for embed in embed_with_both(lambda: loading_then_ready(after_ms="1")):
+        assert embed() == "m"
+
+
+@pytest.mark.parametrize(
+    ("after_ms", "lists_one", "code"), [("60000", True, "loading"), ("1", False, "no_models")]
+)
+def test_embed_without_a_model_is_an_error_with_a_code(after_ms: str, lists_one: bool, code: str) -> None:
+    for embed in embed_with_both(lambda: loading_then_ready(after_ms=after_ms, lists_one=lists_one)):
+        with pytest.raises(ApiError) as caught:
+            embed()
+        assert caught.value.code == code
 
 
 def test_the_client_needs_httpx_alone() -> None:
