@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, cast
 
@@ -291,7 +293,7 @@ def _pretrained(config: ModelConfig, record: ModelRecord) -> tuple[ModelRecord, 
     if where.is_dir():
         loaded = open_clip.create_model(f"local-dir:{where}")
     elif config.name is not None:
-        loaded = named_pretrained(config.name, config.pretrained)
+        loaded = named_pretrained(config.name, config.pretrained, key="model.pretrained")
     elif where.is_file():
         state = load_state_dict(str(where), device="cpu", weights_only=True)
         return record, cast(dict[str, Tensor], state)
@@ -303,25 +305,44 @@ def _pretrained(config: ModelConfig, record: ModelRecord) -> tuple[ModelRecord, 
     return record_of_tables(record.model_cfg, preprocess_cfg), loaded.state_dict()
 
 
-def named_pretrained(name: str, pretrained: str) -> nn.Module:
-    """open_clip's model of an architecture with a tag or a weights file. Raises ConfigError for an unknown
-    one."""
+def named_pretrained(name: str, pretrained: str, *, key: str = "pretrained") -> nn.Module:
+    """open_clip's model of an architecture with a tag or a weights file. key: what messages call it. Raises
+    ConfigError for an unknown one, and where a tag's weights cannot be downloaded."""
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if not Path(pretrained).is_file() and pretrained not in tags:
+    is_file = Path(pretrained).is_file()
+    if not is_file and pretrained not in tags:
         raise ConfigError(
-            f"pretrained = {pretrained!r}: no such file and no tag of {name}; "
+            f"{key} = {pretrained!r}: no such file and no tag of {name}; "
             f"its tags: {', '.join(tags) or 'none'}"
         )
+    if pretrained in tags:  # as open_clip decides: a tag goes before a file of its name
+        _download(name, pretrained, key=key)
     try:
         return cast(nn.Module, open_clip.create_model(name, pretrained=pretrained))
     except _UNUSABLE_WEIGHTS as error:
-        if not Path(pretrained).is_file():
+        if not is_file:
             raise  # a tag: what failed is not the user's file
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"pretrained = {pretrained!r}: not the weights of a {name}, or damaged ({reason:.120}); "
+            f"{key} = {pretrained!r}: not the weights of a {name}, or damaged ({reason:.120}); "
             "name a whole .safetensors or .pt file of this architecture"
         ) from error
+
+
+def _download(name: str, tag: str, *, key: str) -> None:
+    """Have a tag's weights in open_clip's cache. Raises ConfigError."""
+    muted = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # the hub logs each of its tries at length: one error tells of them all
+    try:
+        open_clip.download_pretrained(open_clip.get_pretrained_cfg(name.replace("/", "-"), tag))
+    except (OSError, RuntimeError, HTTPException) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigError(
+            f"{key} = {tag!r}: its weights cannot be downloaded ({reason:.200}); where there is no network, "
+            f"name a downloaded weights file: {key}=FILE"
+        ) from error
+    finally:
+        logging.disable(muted)
 
 
 _UNUSABLE_WEIGHTS = (

@@ -1,6 +1,7 @@
 """The model against open_clip's own, its bounded temperature, and weights from elsewhere."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from clipstack.checkpoint import export_model, fingerprint_of, load_model
 from clipstack.config import ModelConfig
 from clipstack.errors import CheckpointError, ConfigError
-from clipstack.model import build_model, open_clip_weights
+from clipstack.model import build_model, named_pretrained, open_clip_weights
 
 import open_clip  # isort: skip  (after clipstack: torchvision may need its stand-in)
 
@@ -100,6 +101,27 @@ def test_equal_seeds_give_equal_weights_and_leave_the_global_generator_alone() -
 def test_wrong_models_are_named(config: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message.split(";")[0].replace("(", "\\(")):
         build_model(ModelConfig(**config), seed=0)
+
+
+def test_a_tag_without_network_is_one_line_with_the_fix(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    unreachable = FileNotFoundError("Failed to download file (x). Last error: offline\nand ten lines more")
+
+    def offline(*_: object, **__: object) -> str:
+        logging.getLogger("hub").warning("Retrying")
+        raise unreachable
+
+    monkeypatch.setattr("open_clip.download_pretrained", offline)
+    message = (
+        r"^model\.pretrained = 'openai': its weights cannot be downloaded \(Failed .* offline\); "
+        r"where there is no network, name a downloaded weights file: model\.pretrained=FILE$"
+    )
+    with pytest.raises(ConfigError, match=message) as caught:
+        named_pretrained("RN50", "openai", key="model.pretrained")
+    assert caught.value.__cause__ is unreachable and caplog.records == []
+    logging.getLogger("hub").warning("heard again")
+    assert len(caplog.records) == 1
 
 
 def test_fine_tuning_starts_from_an_exported_folder_and_from_a_weights_file(tmp_path: Path) -> None:
