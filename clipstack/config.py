@@ -158,6 +158,12 @@ class DataConfig(Frozen):
         weighted = [one for one in given if isinstance(one, SourceConfig)]
         return [((one.path,), one.weight) for one in weighted] or [(tuple(map(str, given)), 1.0)]
 
+    @property
+    def val_paths(self) -> tuple[str, ...]:
+        """Of `val`; () where there is none."""
+        given = self.val or ()
+        return (given,) if isinstance(given, str) else given
+
 
 class TrainConfig(Frozen):
     steps: int = Field(gt=0)

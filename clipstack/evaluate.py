@@ -54,7 +54,7 @@ def validate(encoder: Encoder, preprocess: Preprocess, recipe: Recipe, world: Wo
     samples have classes and their names are known; retrieval where samples have captions and are not too
     many.
     """
-    paths = _val_paths(recipe)
+    paths = recipe.data.val_paths
     if not paths:
         return {}
     # A damaged validation sample is counted and left out; it must not end a training run.
@@ -86,7 +86,7 @@ def possible_metrics(recipe: Recipe) -> list[str]:
     """What `validate` can give, of what a checkpoint may be the best by; what it does give depends on the
     samples' classes and captions. Raises DataError where data.val cannot be read, ConfigError where
     eval.classnames cannot."""
-    paths = _val_paths(recipe)
+    paths = recipe.data.val_paths
     if not paths:
         return []
     samples = ShardSamples(paths, recipe.data, captions="optional")
@@ -96,11 +96,6 @@ def possible_metrics(recipe: Recipe) -> list[str]:
     if samples.num_samples <= MAX_RETRIEVAL_IN_TRAINING:
         names += RETRIEVAL_METRICS
     return names
-
-
-def _val_paths(recipe: Recipe) -> tuple[str, ...]:
-    given = recipe.data.val or ()
-    return (given,) if isinstance(given, str) else given
 
 
 def lower_is_better(metric: str) -> bool:

@@ -92,7 +92,7 @@ def _build(recipe: Recipe, args: argparse.Namespace, stop: StopRequest, held: Ex
     from clipstack.model import build_model
     from clipstack.preprocess import Preprocess
     from clipstack.run_folder import RunLock, prepare, resolve_precision, write_recipe
-    from clipstack.trainer import open_data
+    from clipstack.trainer import find_data, open_data
 
     user_config = read_user_config(args.deepspeed_config)
     world = start_distributed(timeout=timedelta(seconds=recipe.train.collective_timeout_s))
@@ -107,6 +107,7 @@ def _build(recipe: Recipe, args: argparse.Namespace, stop: StopRequest, held: Ex
         return lambda: 0
     for line in plan.messages:
         _say(world, line)
+    world.together(lambda: find_data(recipe.data))  # before a model is downloaded or built
     model = world.together(
         lambda: build_model(
             recipe.model,

@@ -25,7 +25,7 @@ from clipstack.checkpoint import (
     read_progress,
     sound_checkpoints,
 )
-from clipstack.config import OptimConfig, Recipe, to_toml
+from clipstack.config import DataConfig, OptimConfig, Recipe, to_toml
 from clipstack.dropout import row_keys
 from clipstack.engine import Engine, StepResult
 from clipstack.errors import ConfigError, DataError, DivergenceError
@@ -42,6 +42,7 @@ from clipstack.stopping import STOPPED, StopRequest
 from clipstack.telemetry import Clock
 from clipstack.templates import load_templates
 from clipstack.world import World
+from data_pipelines.sources import expand_all
 
 
 class Outcome(Enum):
@@ -398,6 +399,13 @@ class Training:
         self._loader.close()
         self.saver.close()
         self.reporter.close()
+
+
+def find_data(config: DataConfig) -> None:
+    """Raises DataError where data.train or data.val names no shards. Reads none of them."""
+    for paths, _ in config.sources:
+        expand_all(paths)
+    expand_all(config.val_paths)
 
 
 def open_data(

@@ -141,6 +141,8 @@ BAD_INPUT = {
     "data.train=nowhere/part-{0..3}.tar": "nowhere/part-0.tar",
     "data.train=nowhere/part-*.tar": "nowhere/part-*.tar",
     "data.train=README.md": "README.md",
+    "data.train=nowhere.tar model.pretrained=later.pt": "nowhere.tar: no such file",
+    "data.val=nowhere.tar model.pretrained=later.pt": "nowhere.tar: no such file",
     "train.batch_size=9": "train.batch_size = 9: not divisible by 2 ranks; take 8",
     "model=ViT-B-23": "did you mean 'ViT-B-",
     "run.dir=/proc/nothing": "run.dir = '/proc/nothing'",
@@ -149,7 +151,7 @@ BAD_INPUT = {
 
 def test_bad_input_ends_with_one_line_and_code_2(trainer: Trainer, tmp_path: Path) -> None:
     jobs = [
-        trainer.zygote.start_training(*trainer.arguments(tmp_path / f"run-{i}", change))
+        trainer.zygote.start_training(*trainer.arguments(tmp_path / f"run-{i}", *change.split()))
         for i, change in enumerate(BAD_INPUT)
     ]
     for (change, message), job in zip(BAD_INPUT.items(), jobs, strict=True):
