@@ -4,12 +4,15 @@ run."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from clipstack.config import Recipe
 from clipstack.engine import deepspeed_config
@@ -23,13 +26,44 @@ CELL_PX, TEXT_PX, COLUMNS = 128, 28, 8
 GIB = 2**30
 
 
+@dataclass(frozen=True)
+class _Measuring(Preprocess):
+    """The same, but each row of tokens ends in one number more: 1 where the caption was cut, else 0."""
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """(N,) texts -> (N, context_length + 1) int64."""
+        tokens = super().tokenize(captions)  # (N, context_length)
+        cut = is_cut(tokens, self._roomy.tokenize(captions))
+        return torch.cat([tokens, cut[:, None].long()], dim=1)
+
+    @cached_property
+    def _roomy(self) -> Preprocess:
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return Preprocess(**{**fields, "context_length": self.context_length + 1})
+
+
+def is_cut(tokens: Tensor, longer: Tensor) -> Tensor:
+    """(N,) bool: which captions did not fit. tokens: (N, L), longer: (N, L + 1), of the same captions.
+
+    Given room for one more, a caption that fits gets padding after the same tokens; one that does not gets a
+    word where its end stood.
+    """
+    return (longer[:, :-1] != tokens).any(dim=1)
+
+
+def cut_captions(cut: Tensor, context_length: int) -> str:
+    """A line on the share of captions that are cut. cut: (N,), not 0 where one is."""
+    share = f"{int(cut.count_nonzero())} of {len(cut)} in the first batch"
+    return f"cut captions     {share} are longer than model.text_cfg.context_length = {context_length} tokens"
+
+
 def dry_run(recipe: Recipe, model: ClipModel, world: World, user_config: Mapping[str, Any]) -> int:
     """Print what would run, and write RUN/dry-run.png; trains nothing. Returns the exit code."""
     assert recipe.train.precision != "auto"
     config = deepspeed_config(
         recipe, world_size=world.size, precision=recipe.train.precision, user_config=user_config
     )
-    preprocess = Preprocess.from_record(model.record, augment=recipe.data.augment)
+    preprocess = _Measuring.from_record(model.record, augment=recipe.data.augment)
     loader = TrainLoader(
         recipe.data, preprocess=preprocess, batch_size=recipe.train.batch_size, world=world, seed=recipe.seed,
         quarantine_path=None,
@@ -47,7 +81,8 @@ def dry_run(recipe: Recipe, model: ClipModel, world: World, user_config: Mapping
                     )
                 )
             )
-            print(f"first batch      {picture}", flush=True)
+            print(f"first batch      {picture}")
+            print(cut_captions(batch.tokens[:, -1], preprocess.context_length), flush=True)
     finally:
         loader.close()
         sys.stdout.flush()
@@ -94,11 +129,12 @@ def draw_batch(batch: Batch, preprocess: Preprocess) -> Image.Image:
     rows = -(-shown // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * CELL_PX, rows * (CELL_PX + TEXT_PX)), "white")
     pen = ImageDraw.Draw(sheet)
+    tokens = batch.tokens[:, : preprocess.context_length]
     for i in range(shown):
         x, y = i % COLUMNS * CELL_PX, i // COLUMNS * (CELL_PX + TEXT_PX)
         pixels = batch.images[i].permute(1, 2, 0).contiguous().to(torch.uint8).numpy()
         sheet.paste(Image.fromarray(pixels).resize((CELL_PX - 4, CELL_PX - 4)), (x + 2, y + 2))
-        for line, part in enumerate(_wrap(decoded(preprocess.tokenizer, batch.tokens[i].tolist()))):
+        for line, part in enumerate(_wrap(decoded(preprocess.tokenizer, tokens[i].tolist()))):
             pen.text((x + 3, y + CELL_PX + 12 * line), part, fill="black")
     return sheet
 

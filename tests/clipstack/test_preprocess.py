@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.transforms import functional as torchvision_functional
 
 from clipstack.config import AugmentConfig, ModelConfig
-from clipstack.dry_run import decoded
+from clipstack.dry_run import _Measuring, cut_captions, decoded
 from clipstack.model import make_record
 from clipstack.preprocess import Preprocess
 from data_pipelines.images import crop_box, decode
@@ -120,6 +120,19 @@ def test_a_preprocess_pickles_after_use() -> None:
     ours.tokenize(["a"])
     ours.normalize(ours.train_image(photo(), random.Random(0)))
     assert pickle.loads(pickle.dumps(ours)) == ours
+
+
+def test_a_dry_run_counts_the_captions_that_are_cut() -> None:
+    ours = Preprocess.from_record(RECORD)
+    captions = ["x " * words for words in range(ours.context_length + 3)]
+    expected = [len(ours.tokenizer.encode(caption)) + 2 > ours.context_length for caption in captions]
+    assert 0 < sum(expected) < len(captions)
+    assert cut_captions(torch.tensor([0, 1, 1]), 9) == (
+        "cut captions     2 of 3 in the first batch are longer than model.text_cfg.context_length = 9 tokens"
+    )
+    measuring = pickle.loads(pickle.dumps(_Measuring.from_record(RECORD)))
+    rows = measuring.tokenize(captions)
+    assert rows[:, -1].tolist() == expected and torch.equal(rows[:, :-1], ours.tokenize(captions))
 
 
 def test_a_dry_run_shows_the_captions_of_both_kinds_of_tokenizer() -> None:
