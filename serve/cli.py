@@ -16,6 +16,18 @@ from serve.settings import ENV_PREFIX, ModelSpec, Settings, load_settings
 DEMO_RUN = Path("runs/demo")
 _OWN_FLAGS = frozenset(("models", "load_in_background"))
 
+_UNITS = {
+    "_per_s": "N",
+    "_bytes": "BYTES",
+    "_pixels": "PIXELS",
+    "_chars": "CHARACTERS",
+    "_ms": "MILLISECONDS",
+    "_s": "SECONDS",
+    "port": "PORT",
+    "gallery": "FOLDER",
+}
+"""What --help calls a value, by the end of its setting's name."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `clipstack serve`; each setting also goes into the environment or the settings file."""
@@ -47,13 +59,17 @@ def _options(name: str, annotation: Any, default: Any, description: str) -> dict
     if annotation is bool:
         return {"action": argparse.BooleanOptionalAction, "default": None, "dest": name, "help": text}
     shown = "" if default in (None, "", ()) else f" (default: {default})"
-    metavar = "A,B,..." if get_origin(annotation) is tuple else _metavar(annotation)
+    metavar = "A,B,..." if get_origin(annotation) is tuple else _metavar(name, annotation)
     return {"dest": name, "default": None, "metavar": metavar, "help": text + shown}
 
 
-def _metavar(annotation: Any) -> str:
+def _metavar(name: str, annotation: Any) -> str:
+    """What stands for the value in --help: its choices, its unit, or what kind of thing it is."""
     values = [str(value) for value in get_args(annotation) if isinstance(value, str)]
-    return "{" + ",".join(values) + "}" if values else "X"
+    if values:
+        return "{" + ",".join(values) + "}"
+    unit = next((unit for ending, unit in _UNITS.items() if name.endswith(ending)), None)
+    return unit or ("N" if annotation in (int, float) else name.rpartition("_")[2].upper())
 
 
 def settings_of(args: argparse.Namespace, environ: Mapping[str, str]) -> Settings:

@@ -31,6 +31,17 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -
     assert parse(SETTINGS=str(file)).port == 1
 
 
+def test_help_names_the_unit_of_each_value() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    shown = {action.dest: action.metavar for action in parser._actions}
+    assert "X" not in shown.values()
+    assert (shown["port"], shown["host"], shown["max_body_bytes"]) == ("PORT", "HOST", "BYTES")
+    assert (shown["grace_s"], shown["request_timeout_ms"]) == ("SECONDS", "MILLISECONDS")
+    assert (shown["max_texts"], shown["rate_limit_per_s"]) == ("N", "N")
+    assert (shown["label_set_file"], shown["gallery"]) == ("FILE", "FOLDER")
+
+
 def test_models_are_sources_with_or_without_a_name(tmp_path: Path) -> None:
     (tmp_path / "demo" / "export").mkdir(parents=True)
     settings = parse("--model", str(tmp_path / "demo" / "export"), "--model", "big=ViT-L-14")
