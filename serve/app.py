@@ -13,7 +13,6 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from clipstack.errors import ConfigError
 from serve import pages, routes
 from serve.bodies import param_of
 from serve.edge import Admission, Edge, error_response, trace_of
@@ -60,11 +59,7 @@ def loaders_of(settings: Settings, runtime: Runtime | None) -> dict[str, Runtime
     if runtime is not None:
         name = settings.models[0].id if settings.models else "model"
         return {name: lambda: runtime}
-    if not settings.models:
-        raise ConfigError(
-            "models: nothing to serve; name a run folder, an exported folder or an architecture, "
-            "or make the demo model with `clipstack demo`"
-        )
+    settings.check_models()
     from serve.torch_runtime import loader_of  # torch takes seconds to import; a fake runtime needs none
 
     return {spec.id: loader_of(spec, settings) for spec in settings.models}

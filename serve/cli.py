@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from clipstack.errors import ClipstackError, ConfigError
+from serve.listening import listen, url_of
 from serve.security import hash_token
 from serve.settings import ENV_PREFIX, ModelSpec, Settings, load_settings
 
@@ -109,6 +112,20 @@ def run(args: argparse.Namespace) -> int:
         print(hash_token(token))
         return 0
     settings = settings_of(args, os.environ)
+    settings.check_models()
+    sockets = listen(settings.host, settings.port)
+    try:
+        return _serve(settings, sockets)
+    finally:
+        for listener in sockets:
+            listener.close()
+
+
+def _serve(settings: Settings, sockets: list[socket.socket]) -> int:
+    """The imports take seconds; what connects meanwhile waits in the sockets."""
+    on_terminal = sys.stderr.isatty()
+    if on_terminal:
+        _say(f"loading {', '.join(spec.id for spec in settings.models)} ...")
     # GNU OpenMP's threads spin for milliseconds after each parallel region by default, and so take the cores
     # from the
     # threads that decode. This keeps them awake between the regions of one forward pass and lets them sleep
@@ -119,7 +136,12 @@ def run(args: argparse.Namespace) -> int:
     from serve.server import run_server
 
     configure_logging(settings.log_level)
-    return run_server(create_app(settings), settings)
+    ready = partial(_say, f"ready: {url_of(settings.host, sockets)}") if on_terminal else None
+    return run_server(create_app(settings), settings, sockets, on_ready=ready)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> int:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import signal
 import socket
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
-from clipstack.errors import ConfigError
 from serve.protocol import GuardedProtocol
 from serve.service import Service
 from serve.settings import Settings
 
 logger = logging.getLogger("serve")
 
-BACKLOG = 2048
-_NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # a name may have addresses that this host lacks
 LAST_WORDS_S = 0.2  # for requests on connections that were made before the port closed
 UVICORN_WAIT_S = 0.1
 
@@ -39,8 +36,16 @@ class Server(uvicorn.Server):
     uvicorn would raise the signal again.
     """
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, settings: Settings) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        app: FastAPI,
+        settings: Settings,
+        *,
+        on_ready: Callable[[], None] | None = None,
+    ) -> None:
         super().__init__(config)
+        self._on_ready = on_ready
         self._app = app
         self._settings = settings
         self._stop_asked_at: float | None = None
@@ -56,6 +61,9 @@ class Server(uvicorn.Server):
         """Called ten times a second; whether to close the port now."""
         if self._service.load_error is not None:
             return True
+        if self._on_ready is not None and self._service.is_loaded:
+            self._on_ready()
+            self._on_ready = None
         if self._stop_asked_at is not None:
             self._begin_drain()
             waited_s = time.monotonic() - self._stop_asked_at
@@ -90,31 +98,17 @@ class Server(uvicorn.Server):
         return service
 
 
-def listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets on every address of `host`. Raises ConfigError where there is none, or one is taken."""
-    sockets: list[socket.socket] = []
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, address in dict.fromkeys((entry[0], entry[4]) for entry in found):
-            try:
-                sockets.append(socket.create_server((str(address[0]), port), family=family, backlog=BACKLOG))
-            except OSError as error:
-                if error.errno not in _NO_SUCH_ADDRESS or (not sockets and len(found) == 1):
-                    raise
-    except OSError as error:
-        for listener in sockets:
-            listener.close()
-        reason = error.strerror or "no such address"
-        raise ConfigError(
-            f"host = {host!r}, port = {port}: cannot listen there ({reason}); choose another --host or --port"
-        ) from error
-    return sockets
-
-
-def run_server(app: FastAPI, settings: Settings) -> int:
-    """Serve until a signal. Returns the exit status; raises ClipstackError for mistakes of the user."""
-    server = Server(config_of(app, settings), app, settings)
-    sockets = listen(settings.host, settings.port)
+def run_server(
+    app: FastAPI,
+    settings: Settings,
+    sockets: list[socket.socket],
+    *,
+    on_ready: Callable[[], None] | None = None,
+) -> int:
+    """Serve on listening sockets until a signal. on_ready: called once, when every model is loaded. Returns
+    the exit status; raises ClipstackError for mistakes of the user.
+    """
+    server = Server(config_of(app, settings), app, settings, on_ready=on_ready)
     logger.info("listening", extra={"addresses": [listener.getsockname()[:2] for listener in sockets]})
     server.run(sockets)
     service: Service | None = getattr(app.state, "service", None)

@@ -111,6 +111,11 @@ class Service:
         logger.error("start failed", extra={"reason": str(self.load_error)}, exc_info=error)
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether every model has been loaded."""
+        return all(model.is_loaded for model in self.models.values())
+
+    @property
     def label_sets(self) -> LabelSetStore:
         """Raises ServeError loading before the file is open."""
         if self._label_sets is None:

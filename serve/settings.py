@@ -216,6 +216,14 @@ class Settings(Frozen):
                 raise ValueError(f"models: two are named {name!r}; write id=source to tell them apart")
         return self
 
+    def check_models(self) -> None:
+        """Raises ConfigError when there is nothing to serve."""
+        if not self.models:
+            raise ConfigError(
+                "models: nothing to serve; name a run folder, an exported folder or an architecture, "
+                "or make the demo model with `clipstack demo`"
+            )
+
     @property
     def label_set_path(self) -> Path:
         if self.label_set_file is not None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,10 @@ import pytest
 
 from clipstack.errors import ConfigError
 from serve.app import create_app
+from serve.cli import main
+from serve.listening import listen, url_of
 from serve.protocol import MAX_HEAD_BYTES
-from serve.server import listen
+from serve.server import run_server
 from serve.settings import Settings
 from tests.serve.fakes import FakeRuntime
 from tests.serve.live import live_server, threaded_server
@@ -134,6 +139,61 @@ def test_a_port_that_is_taken_is_named_with_what_to_do() -> None:
         listen("203.0.113.7", 0)
     for listener in listen("localhost", 0):
         listener.close()
+
+
+def test_a_taken_port_is_named_before_anything_heavy_is_imported() -> None:
+    code = "import sys; from serve.cli import main; print(main(), {*sys.modules} & {'torch', 'uvicorn'})"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = subprocess.run(
+            [sys.executable, "-c", code, "--model", "ViT-B-32", "--port", port],
+            capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+    assert done.stdout == "2 set()\n"
+    assert done.stderr.count("\n") == 1 and f"port = {port}: cannot listen there" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::1", "[::1]")]
+)
+def test_the_address_for_a_browser(host: str, shown: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert url_of(host, [listener]) == f"http://{shown}:{listener.getsockname()[1]}/"
+
+
+def test_it_says_once_that_every_model_is_loaded(tmp_path: Path) -> None:
+    said: list[bool] = []
+    app = create_app(settings_in(tmp_path, load_in_background=True), FakeRuntime())
+
+    def stop() -> None:
+        said.append(app.state.service.is_loaded)
+        signal.raise_signal(signal.SIGTERM)
+
+    assert run_server(app, settings_in(tmp_path), listen("127.0.0.1", 0), on_ready=stop) == 0
+    assert said == [True]
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_a_terminal_is_told_what_happens(
+    on_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def served(app: object, settings: object, sockets: object, *, on_ready: Callable[[], None] | None) -> int:
+        if on_ready is not None:
+            on_ready()
+        return 0
+
+    monkeypatch.setattr("serve.app.create_app", lambda settings: None)
+    monkeypatch.setattr("serve.server.run_server", served)
+    monkeypatch.setattr("serve.logs.configure_logging", lambda level: None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "0")
+    monkeypatch.setattr(sys, "argv", ["serve", "--model", "a=x", "--port", "0"])
+    assert main() == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (2 if on_terminal else 0)
+    if on_terminal:
+        assert lines[0] == "loading a ..."
+        assert re.fullmatch(r"ready: http://127\.0\.0\.1:\d+/", lines[1])
 
 
 GRACE_S = 1.0

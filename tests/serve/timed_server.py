@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from serve.app import create_app
-from serve.server import Server, config_of, listen
+from serve.listening import listen
+from serve.server import Server, config_of
 from serve.settings import Settings
 from tests.serve.fakes import FakeRuntime
 
