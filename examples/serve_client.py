@@ -12,7 +12,7 @@ parser.add_argument("labels", nargs="+")
 parser.add_argument("--url", default="http://127.0.0.1:8000")
 args = parser.parse_args()
 if not args.photo.is_file():
-    parser.error(f"{args.photo}: no such file")  # exits with status 2
+    parser.exit(2, f"{args.photo}: no such file\n")
 
 with Client(args.url, token=os.environ.get("CLIPSTACK_TOKEN")) as client:
     (answer,) = client.classify([args.photo], labels=args.labels)
