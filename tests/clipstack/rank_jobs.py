@@ -172,16 +172,25 @@ def _with_more_dropout(model: ClipModel) -> ClipModel:
     return model
 
 
-def one_pass(recipe: Recipe, change: Callable[[ClipModel], ClipModel]) -> dict[str, Tensor]:
-    """The gradients of step 5 in one process, in one pass, in the recipe's precision, without DeepSpeed."""
+def one_pass(
+    recipe: Recipe, change: Callable[[ClipModel], ClipModel], *, shares: int = 1
+) -> dict[str, Tensor]:
+    """The gradients of step 5 in one process, in the recipe's precision, without DeepSpeed: one loss on the
+    whole batch, whose shares are encoded one after the other, as ranks do."""
     size = recipe.train.batch_size
     plain = recipe.model.model_copy(update={"grad_checkpointing": False})
     model = change(build_model(plain, seed=recipe.seed))
-    key_dropouts(model).rows = row_keys(0, 5, torch.arange(size))
+    keys = key_dropouts(model)
     images, tokens, ids = global_batch(size)
+    encoded = []
+    for rows in torch.arange(size).chunk(shares):
+        keys.rows = row_keys(0, 5, rows)
+        with engine_module.autocast(torch.device("cpu"), recipe.train.precision):
+            encoded.append(model(images[rows], tokens[rows]))
+    embeddings = encoded[0]._replace(
+        image=torch.cat([part.image for part in encoded]), text=torch.cat([part.text for part in encoded])
+    )
     objective = build_objective({"name": "hard_negative", "beta": 0.5}, World())
-    with engine_module.autocast(torch.device("cpu"), recipe.train.precision):
-        embeddings = model(images, tokens)
     objective(embeddings, sample_ids=ids).total.backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -339,8 +348,8 @@ def train_impatiently(argv: Sequence[str]) -> int:
 
 
 def a_matrix_of_settings_gives_the_gradients_of_one_process(argv: Sequence[str]) -> int:
-    """The stages in argv x (gradient checkpointing, locked towers, bf16, compiled) against plain torch in
-    fp32."""
+    """The stages in argv x (gradient checkpointing, locked towers, bf16, compiled) against plain torch, in
+    bf16 against bf16."""
     world = start_distributed()
     engine_module.COMPILE_BACKEND = (
         "aot_eager"  # what is compiled, and how often, is the same; no C++ compiler is needed
@@ -350,7 +359,7 @@ def a_matrix_of_settings_gives_the_gradients_of_one_process(argv: Sequence[str])
         ({"compile": True, "grad_checkpointing": True}, {}, BOUND),
         ({"lock_image": True}, {"micro_batch_size": 2}, BOUND),
         ({"lock_text": True}, {}, BOUND),
-        ({}, {"precision": "bf16"}, 0.15),
+        ({}, {"precision": "bf16"}, BOUND),
         ({"compile": True}, {"micro_batch_size": 2}, BOUND),
     ]
     for model, settings_of_train, bound in settings:
@@ -361,7 +370,8 @@ def a_matrix_of_settings_gives_the_gradients_of_one_process(argv: Sequence[str])
                 train={"zero_stage": stage, "batch_size": 8, **settings_of_train},
                 optim={"grad_clip_norm": 0.0, "layer_decay": 0.7},
             )  # fmt: skip
-            expected = one_pass(recipe, _with_dropout)
+            shares = world.size if recipe.train.precision == "bf16" else 1
+            expected = one_pass(recipe, _with_dropout, shares=shares)
             engine = Engine(_with_dropout(build_model(recipe.model, seed=recipe.seed)), recipe, world)
             engine.train()
             ours = _step_gradients(
@@ -372,6 +382,8 @@ def a_matrix_of_settings_gives_the_gradients_of_one_process(argv: Sequence[str])
             )
             error, name = worst(ours, expected)
             print(f"{model} {settings_of_train} stage {stage}: {error:.1e} ({name})", flush=True)
+            if recipe.train.precision == "bf16" and stage == 3:
+                bound = 0.05  # not to the bit, as the lower stages are: docs/decisions/exact-accumulation.md
             assert error <= bound, (model, settings_of_train, stage, name, error)
             assert engine.step(1e-3).applied
     return 0
@@ -485,7 +497,8 @@ def siglip_trains_its_bias_as_one_process_does(argv: Sequence[str]) -> int:
                 error, name = worst(weights, expected)
                 bias = float((weights["logit_bias"] - expected["logit_bias"]).abs())
                 print(f"stage {stage}, micro-batch {micro}: {error:.1e} ({name}), bias {bias:.1e}")
-                assert error <= 2e-5 and bias <= 1e-6, (stage, micro, name, error, bias)
+                # Biases that start at zero have moved little: AdamW's noise is large beside that.
+                assert error <= 1e-4 and bias <= 1e-6, (stage, micro, name, error, bias)
     return 0
 
 
