@@ -14,7 +14,8 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-slow: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not alone"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and alone"
 
 lint: $(READY)
 	$(BIN)/ruff check .

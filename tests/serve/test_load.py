@@ -87,6 +87,7 @@ def test_at_twice_the_capacity_every_request_is_answered_or_refused_at_the_door(
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_minute_at_twice_the_capacity_keeps_goodput_and_leaves_memory_flat(
     overloaded: tuple[int, int],
 ) -> None:
