@@ -74,12 +74,13 @@ def test_the_built_image_serves_as_the_checkout_does_and_stops_without_loss(
             stop_under_load(server)
         with start(2) as server:
             server.wait_until_ready()
-            assert logits(server.url) == before, "the label set, after a restart"
+            np.testing.assert_allclose(logits(server.url), before, rtol=1e-5, err_msg="after a restart")
             server.terminate()
             assert server.process.wait(60) == 0
     with server_process("--model", str(folder), state=tmp_path / "outside") as outside:
         outside.wait_for("model loaded")
-        np.testing.assert_array_equal(inside, embeddings(outside.url))
+        # Not to the bit: what is computed in one batch depends on what arrives together.
+        np.testing.assert_allclose(inside, embeddings(outside.url), rtol=0, atol=1e-6)
         assert outside.stop(signal.SIGTERM) == 0
     assert (state / "label-sets.sqlite3").is_file()
     record_property("image_gb", round(size_bytes / 1e9, 2))
