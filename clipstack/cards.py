@@ -258,9 +258,7 @@ def run_evaluations(run_dir: Path, *, step: int | None) -> tuple[Mapping[str, An
     return tuple(found[-1:])
 
 
-def count_quarantined(run_dir: Path) -> int | None:
-    """Lines of a run's quarantine.jsonl; None where this is no run folder."""
-    if not (run_dir / "checkpoints").is_dir():
-        return None
+def count_quarantined(run_dir: Path) -> int:
+    """Lines of a run's quarantine.jsonl; it has none where nothing was bad."""
     file = run_dir / "quarantine.jsonl"
     return len(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else 0

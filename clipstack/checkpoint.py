@@ -429,7 +429,7 @@ def _facts(
         samples_seen=about.get("samples_seen"),
         order=about.get("data"),
         evaluations=tuple(evaluations),
-        num_quarantined=count_quarantined(source),
+        num_quarantined=count_quarantined(source) if (source / CHECKPOINTS).is_dir() else None,
     )
 
 
@@ -548,12 +548,9 @@ def _weights_folder(path: Path, *, prefer_export: bool) -> Path:
     if (path / CONFIG_FILE).is_file():
         return path
     export = path / "export"
-    has_export = prefer_export and (export / CONFIG_FILE).is_file()
-    if has_export and not _has_gone_on(path, exported_step(export)):
+    if prefer_export and (export / CONFIG_FILE).is_file() and not _has_gone_on(path, exported_step(export)):
         return export
     sound, damaged = newest_sound(path / CHECKPOINTS)
-    if sound is None and has_export:
-        return export
     if sound is None:
         found = (
             f"only damaged ones: {'; '.join(damaged)}" if damaged else f"no {CONFIG_FILE} and no checkpoints/"
@@ -566,10 +563,8 @@ def _weights_folder(path: Path, *, prefer_export: bool) -> Path:
 
 
 def _has_gone_on(run_dir: Path, exported: int | None) -> bool:
-    """Whether a run has a checkpoint of a later step than its export."""
-    if exported is None:  # an export of others' making
-        return False
-    return newest_step(run_dir) > exported
+    """Whether a run has a checkpoint of a later step than its export; None: an export of others' making."""
+    return exported is not None and newest_step(run_dir) > exported
 
 
 def _read_weights(path: Path) -> tuple[ModelRecord, float, dict[str, Tensor]]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -37,7 +36,7 @@ from clipstack.launch import joined_world
 from clipstack.loader import EvalBatch, EvalLoader, ShardSamples
 from clipstack.stopping import STOPPED, StopRequest
 from clipstack.world import World
-from data_pipelines.files import flush_to_disk
+from data_pipelines.files import replacing
 from data_pipelines.progress import Progress
 from data_pipelines.sources import ensure_summary, expand, shard_name
 from data_pipelines.stream import BadSample
@@ -236,15 +235,10 @@ def _write_metadata(path: Path, keys: list[str], captions: list[str], *, shard_d
 
 def _write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """The file under its name, complete or not at all. Raises DataError."""
-    beside = path.with_name(f".{path.name}.tmp")
     try:
-        with beside.open("wb") as file:
+        with replacing(path) as beside, beside.open("wb") as file:
             write(file)
-        flush_to_disk(beside)
-        os.replace(beside, path)
-        flush_to_disk(path.parent)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise DataError(
             f"--output {path}: cannot be written ({error.strerror}); finished shards stay: run it again"
         ) from error

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_pipelines.files import flush_to_disk
+from data_pipelines.files import flush_to_disk, replacing
 
 
 def sha256_of(path: Path) -> str:
@@ -19,12 +19,9 @@ def sha256_of(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file as a whole."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    flush_to_disk(beside)
-    os.replace(beside, path)
-    flush_to_disk(path.parent)
+    """Replace a small file as a whole. Raises OSError."""
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clipstack.checkpoint import (
+    CHECKPOINTS,
     RECIPE_FILE,
     Snapshot,
     checkpoints,
@@ -153,17 +154,17 @@ def prepare(recipe: Recipe, *, fresh: bool, dry_run: bool = False) -> Plan:
     saved = run_dir / RECIPE_FILE
     if dry_run:
         return Plan(recipe, 0, False, None, ())
-    make_folder(run_dir / "checkpoints", run_dir)
-    finish_replacements(run_dir / "checkpoints")
+    make_folder(run_dir / CHECKPOINTS, run_dir)
+    finish_replacements(run_dir / CHECKPOINTS)
     if not saved.exists():
-        left = checkpoints(run_dir / "checkpoints")
+        left = checkpoints(run_dir / CHECKPOINTS)
         if left:
             raise ConfigError(
                 f"run.dir = {str(run_dir)!r}: has checkpoints but no {RECIPE_FILE}; copy "
                 f"{left[-1] / RECIPE_FILE} there, or choose another folder"
             )
         return Plan(recipe, 0, False, None, ())
-    begun = bool(checkpoints(run_dir / "checkpoints"))  # else there is nothing yet that could be mixed
+    begun = bool(checkpoints(run_dir / CHECKPOINTS))  # else there is nothing yet that could be mixed
     if fresh and begun:
         raise ConfigError(
             f"run.dir = {str(run_dir)!r}: --fresh, but a run lies there already; choose another folder or "
@@ -178,7 +179,7 @@ def prepare(recipe: Recipe, *, fresh: bool, dry_run: bool = False) -> Plan:
                 f"{key} = {new!r}: the run in {run_dir} has {old!r}; put it back, or train into another "
                 "run.dir"
             )
-    newest, damaged = newest_sound(run_dir / "checkpoints")
+    newest, damaged = newest_sound(run_dir / CHECKPOINTS)
     messages = [f"damaged checkpoint left aside: {line}" for line in damaged]
     messages += [f"changed since the last start: {key} = {new!r} (was {old!r})" for key, old, new in changes]
     if newest is None:

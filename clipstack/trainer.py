@@ -17,6 +17,7 @@ from torch import Tensor
 from clipstack.accumulation import Part, make_passes
 from clipstack.average import MovingAverage
 from clipstack.checkpoint import (
+    CHECKPOINTS,
     Snapshot,
     checkpoint_name,
     damage,
@@ -198,7 +199,7 @@ class Training:
         )
         self._average = None if train.ema_decay is None else MovingAverage(engine, train.ema_decay)
         self.reporter = world.together(lambda: Reporter(run_dir, recipe) if world.is_main else Silent())
-        self.saver = Saver(run_dir / "checkpoints", recipe.checkpoint, world, self.reporter)
+        self.saver = Saver(run_dir / CHECKPOINTS, recipe.checkpoint, world, self.reporter)
         self.clock = Clock(world.device, peak_s_per_sample=peak_s_per_sample)
         engine.train()
 
@@ -324,7 +325,7 @@ class Training:
             if self._average is not None:
                 export_model(run_dir, run_dir / "export-ema", average=True)
             if best_step is not None:
-                best = run_dir / "checkpoints" / checkpoint_name(best_step)
+                best = run_dir / CHECKPOINTS / checkpoint_name(best_step)
                 problem = damage(best)
                 if problem is None:
                     export_model(best, run_dir / "export-best")
@@ -373,7 +374,7 @@ class Training:
         DivergenceError, and CheckpointError where the disk refuses; on every rank."""
         self.saver.settle()
         self.guard.count_rollback()
-        folder = self.recipe.run.dir / "checkpoints"
+        folder = self.recipe.run.dir / CHECKPOINTS
         reason = self.guard.reason
         path = self.world.from_main(lambda: newest_good(folder, reason))
         snapshot = self.world.together(lambda: load_snapshot(path))

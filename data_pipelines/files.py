@@ -20,20 +20,28 @@ def flush_to_disk(path: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Where to write a file, which takes the name `path` when the block ends and vanishes if the block
-    raises. Raises ShardError where the disk refuses."""
+    raises. Raises OSError where the disk refuses."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         flush_to_disk(partial)
         os.replace(partial, path)
         flush_to_disk(path.parent)
-    except OSError as error:
-        raise ShardError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         with suppress(OSError):  # it has its name by now, or the disk refuses this as well
             partial.unlink()
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """The same for a file of a data set. Raises ShardError where the disk refuses."""
+    try:
+        with replacing(path) as partial:
+            yield partial
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -127,9 +127,8 @@ def _serve(settings: Settings, sockets: list[socket.socket]) -> int:
     if on_terminal:
         _say(f"loading {', '.join(spec.id for spec in settings.models)} ...")
     # GNU OpenMP's threads spin for milliseconds after each parallel region by default, and so take the cores
-    # from the
-    # threads that decode. This keeps them awake between the regions of one forward pass and lets them sleep
-    # after it.
+    # from the threads that decode. This keeps them awake between the regions of one forward pass and lets
+    # them sleep after it.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     from serve.app import create_app
     from serve.logs import configure_logging

@@ -337,10 +337,7 @@ class AsyncClient(_Shared):
         if_fingerprint: str | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        """token: what the server asks for, if it does. model: the one to ask; none: the first that it serves.
-        timeout_s: how long a call may take, with the waiting for a busy or loading server. if_fingerprint:
-        refuse vectors of any other model (code `fingerprint_mismatch`). transport: httpx's, for tests.
-        """
+        """The arguments are Client's."""
         super().__init__(
             base_url, token=token, model=model, timeout_s=timeout_s, if_fingerprint=if_fingerprint
         )

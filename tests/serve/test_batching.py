@@ -82,6 +82,15 @@ def image(number: int) -> np.ndarray[Any, Any]:
     return np.full((3, 8, 8), number, dtype=np.uint8)
 
 
+async def one_batch_of_10_s(batcher: Batcher, runtime: FakeRuntime, clock: Clock) -> None:
+    runtime.hold()
+    first = batcher.submit(Kind.IMAGE, image(0), deadline=FOREVER)
+    await until_started(runtime)
+    clock.now += 10
+    runtime.gate.set()
+    await first
+
+
 @pytest.mark.parametrize("way", ["submitted", "failed", "heavy"])
 def test_a_small_batch_waits_for_what_the_busy_cores_are_preparing_and_for_nothing_else(
     runtime: FakeRuntime, way: str
@@ -89,12 +98,7 @@ def test_a_small_batch_waits_for_what_the_busy_cores_are_preparing_and_for_nothi
     async def scenario() -> None:
         clock = Clock()
         async with batching(runtime, lanes=2, cores=TWO_CORES, clock=clock) as batcher:
-            runtime.hold()
-            first = batcher.submit(Kind.IMAGE, image(0), deadline=FOREVER)
-            await until_started(runtime)
-            clock.now += 10  # a batch takes so long
-            runtime.gate.set()
-            await first
+            await one_batch_of_10_s(batcher, runtime, clock)
             runtime.hold()
             busy = batcher.submit(Kind.IMAGE, image(1), deadline=FOREVER)
             await until_started(runtime)
@@ -118,12 +122,7 @@ def test_nothing_waits_longer_than_a_batch_takes_nor_while_a_core_is_idle(runtim
     async def scenario() -> None:
         clock = Clock()
         async with batching(runtime, lanes=2, cores=TWO_CORES, clock=clock) as batcher:
-            runtime.hold()
-            first = batcher.submit(Kind.IMAGE, image(0), deadline=FOREVER)
-            await until_started(runtime)
-            clock.now += 10
-            runtime.gate.set()
-            await first
+            await one_batch_of_10_s(batcher, runtime, clock)
             runtime.hold()
             with batcher.expect(Kind.IMAGE):  # one core prepares, and the other is idle
                 alone = batcher.submit(Kind.IMAGE, image(1), deadline=FOREVER)
