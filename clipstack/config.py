@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from clipstack.errors import ConfigError
 from clipstack.objective_config import ClipObjective, ObjectiveConfig, describe_objective_error
+from clipstack.recipes import recipe_file
 
 Area = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -277,14 +278,13 @@ class Recipe(Frozen):
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file, apply `a.b=value` overrides, validate. Raises ConfigError in one line."""
-    path = Path(path)
+    """Read a recipe file, apply `a.b=value` overrides, validate. Raises ConfigError in one line.
+
+    configs/NAME.toml, where the working directory has none, is the recipe that comes with clipstack.
+    """
+    path = recipe_file(Path(path))
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"--config {path}: no such file; the recipes that come with clipstack lie in configs/"
-        ) from None
     except IsADirectoryError:
         raise ConfigError(f"--config {path}: this is a folder; name a .toml file") from None
     except UnicodeDecodeError as error:

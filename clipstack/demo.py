@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipstack.config import load_recipe
-from clipstack.errors import ClipstackError
+from clipstack.recipes import shipped_recipes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,8 +49,11 @@ def run(args: argparse.Namespace) -> int:
     data = run_dir.with_name(run_dir.name + "-data")
     first_dir = run_dir.with_name(run_dir.name + "-first")
     shards = [f"data.train={data}/train-*.tar", f"data.val={data}/val-*.tar"]
-    first, first_overrides = shipped_recipe("demo-first"), [f"run.dir={first_dir}", *shards, *args.overrides]
-    config = shipped_recipe("demo")
+    first, first_overrides = (
+        shipped_recipes()["demo-first"],
+        [f"run.dir={first_dir}", *shards, *args.overrides],
+    )
+    config = shipped_recipes()["demo"]
     overrides = [f"run.dir={run_dir}", f"model.pretrained={first_dir / 'export'}", *shards, *args.overrides]
     lessons = (load_recipe(first, first_overrides), load_recipe(config, overrides))
 
@@ -91,15 +94,6 @@ def run(args: argparse.Namespace) -> int:
     if args.serve:
         return subprocess.call([sys.executable, "-m", "clipstack.cli", "serve", "--model", str(run_dir)])
     return 0
-
-
-def shipped_recipe(name: str) -> Path:
-    """A recipe that comes with clipstack: from the checkout, or from the installed package."""
-    here = Path(__file__).resolve().parent
-    for folder in (here.parent / "configs", here / "configs"):
-        if (folder / f"{name}.toml").is_file():
-            return folder / f"{name}.toml"
-    raise ClipstackError(f"configs/{name}.toml: missing from this installation; install clipstack again")
 
 
 def _say(number: int, line: str) -> None:

@@ -87,6 +87,12 @@ def test_the_base_install_makes_and_checks_data(programs: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_the_recipes_are_found_outside_of_a_checkout(programs: Path, tmp_path: Path) -> None:
+    read = "from clipstack.config import load_recipe; print(load_recipe('configs/demo.toml', ['data.train=x']).seed)"
+    assert run(programs / "python", "-c", read, cwd=tmp_path).strip().isdigit()
+
+
+@pytest.mark.slow
 def test_the_base_install_is_small(programs: Path, tmp_path: Path) -> None:
     listed = run(programs / "python", "-m", "pip", "list", "--format", "json", cwd=tmp_path)
     assert not HEAVY & {entry["name"].replace("-", "_") for entry in json.loads(listed)}

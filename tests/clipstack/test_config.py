@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from clipstack.config import Recipe, help_config, load_recipe, parse_recipe, to_toml, walk_fields
 from clipstack.errors import ConfigError
+from clipstack.recipes import shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALLEST = 'model = "ViT-B-32"\n[data]\ntrain = "x.tar"\n[train]\nsteps = 10\nbatch_size = 8\n'
@@ -82,6 +83,28 @@ def test_a_file_that_is_no_toml_is_refused(tmp_path: Path, content: str | bytes)
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         load_recipe(tmp_path / "none.toml")
+
+
+def test_the_shipped_recipes_are_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = ["data.train=x"]
+    assert load_recipe("configs/cifar10.toml", overrides) == load_recipe(
+        shipped_recipes()["cifar10"], overrides
+    )
+    with pytest.raises(ConfigError, match=r"configs/cifar9\.toml: no such file.*configs/cifar10\.toml"):
+        load_recipe("configs/cifar9.toml")
+
+
+def test_a_recipe_of_the_working_directory_comes_before_the_shipped_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    shipped = shipped_recipes()["cifar10"].read_text()
+    (tmp_path / "configs/cifar10.toml").write_text(shipped.replace("seed = 0", "seed = 77"))
+    assert load_recipe("configs/cifar10.toml").seed == 77
 
 
 @given(

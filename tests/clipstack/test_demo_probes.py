@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipstack.config import load_recipe
-from clipstack.demo import as_table, shipped_recipe
+from clipstack.demo import as_table
 from clipstack.demo_page import Examined, write_page
 from clipstack.demo_probes import (
     Probe,
@@ -22,6 +22,7 @@ from clipstack.demo_probes import (
     retrieval_score,
 )
 from clipstack.errors import DataError
+from clipstack.recipes import shipped_recipes
 from data_pipelines import shapes
 
 
@@ -105,7 +106,7 @@ def test_every_score_is_printed_beside_chance() -> None:
 
 
 def test_the_page_tells_pictures_drawn_from_samples_seen(tmp_path: Path) -> None:
-    lessons = [load_recipe(shipped_recipe(name), ["data.train=x"]) for name in ("demo-first", "demo")]
+    lessons = [load_recipe(shipped_recipes()[name], ["data.train=x"]) for name in ("demo-first", "demo")]
     (tmp_path / "metrics.jsonl").write_text("")
     examined = Examined({"relation": Score(0.5, 0.25, 16)}, 16, [])
     page = write_page(
