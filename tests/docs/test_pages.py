@@ -21,6 +21,7 @@ RUN_BY = {
     "README.md": "tests/docs/test_pages.py",
     "docs/api.md": "tests/docs/test_pages.py",
     "docs/data.md": "tests/docs/test_pages.py",
+    "docs/install.md": "tests/docs/test_pages.py",
     "docs/objectives.md": "tests/docs/test_pages.py",
     "docs/training.md": "tests/docs/test_pages.py",
     "docs/evaluation.md": "tests/clipstack/evaluation/test_docs.py",
@@ -97,6 +98,14 @@ def test_the_readme(tmp_path: Path) -> None:
     run_page("README.md", tmp_path)
 
 
+def make_shards(folder: Path, count: int) -> None:
+    """One sample in each."""
+    folder.mkdir()
+    for i in range(count):
+        sample = Sample(f"{i:04}", {"png": png(i), "txt": f"thing {i}".encode()})
+        write_shard(folder / f"{i:05}.tar", [sample])
+
+
 @pytest.mark.slow
 def test_the_guide_to_data(tmp_path: Path) -> None:
     run_page("docs/data.md", tmp_path)
@@ -109,11 +118,14 @@ def test_the_guide_to_objectives(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_guide_to_training(tmp_path: Path) -> None:
-    (tmp_path / "shards").mkdir()
-    for i in range(100):
-        sample = Sample(f"{i:04}", {"png": png(i), "txt": f"thing {i}".encode()})
-        write_shard(tmp_path / "shards" / f"{i:05}.tar", [sample])
+    make_shards(tmp_path / "shards", 100)
     run_page("docs/training.md", tmp_path)
+
+
+@pytest.mark.slow
+def test_the_page_on_installing(tmp_path: Path) -> None:
+    make_shards(tmp_path / "shards", 8)
+    run_page("docs/install.md", tmp_path)
 
 
 def test_the_page_on_python(tmp_path: Path) -> None:
