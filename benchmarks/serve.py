@@ -494,12 +494,13 @@ class Bare:
 def bare_worker(folder: str, images: str, threads: str) -> None:
     """For each line `WHAT BATCH SECONDS` on standard input, print the images a second of this process."""
     from serve.images import ImageLimits, decode_image
+    from serve.loading import load_runtime
     from serve.settings import Settings
-    from serve.torch_runtime import TorchRuntime, load_runtime
 
-    settings = Settings.model_validate({"models": [folder], "device_threads": int(threads)})
+    settings = Settings.model_validate(
+        {"models": [folder], "device_threads": int(threads), "engine": "torch"}
+    )
     runtime = load_runtime(settings.models[0], settings)
-    assert isinstance(runtime, TorchRuntime)
     files = [path.read_bytes() for path in sorted(Path(images).iterdir())]
     prepared = [runtime.prepare_image(decode_image(data, ImageLimits())) for data in files]
     runtime.encode_images(prepared)

@@ -60,7 +60,7 @@ def loaders_of(settings: Settings, runtime: Runtime | None) -> dict[str, Runtime
         name = settings.models[0].id if settings.models else "model"
         return {name: lambda: runtime}
     settings.check_models()
-    from serve.torch_runtime import loader_of  # torch takes seconds to import; a fake runtime needs none
+    from serve.loading import loader_of  # torch takes seconds to import; a fake runtime needs none
 
     return {spec.id: loader_of(spec, settings) for spec in settings.models}
 

@@ -92,6 +92,11 @@ class Settings(Frozen):
 
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+    engine: Literal["auto", "torch", "openvino"] = "auto"
+    """What computes the towers. openvino: on CPU, in float32, with the extra of that name; auto takes it
+    where it is installed, can convert the model, passes the gate and is no slower than torch when timed at
+    start.
+    """
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Arithmetic of the towers; auto times both at start and takes bfloat16 where it is faster and passes the
     gate.

@@ -17,9 +17,11 @@ from clipstack.errors import ConfigError
 from serve.errors import ErrorCode, ServeError
 from serve.gate import centred_cosine
 from serve.images import ImageLimits, decode_image
+from serve.inputs import Inputs
+from serve.loading import build_runtime, load_runtime
 from serve.runtime import Float32, SelfTestError
 from serve.settings import Settings
-from serve.torch_runtime import TorchRuntime, build_runtime, load_runtime
+from serve.torch_runtime import TorchRuntime
 from serve.versions import self_test
 from tests.serve.models import save_model, tiny_model
 from tests.serve.pictures import encoded, picture
@@ -48,7 +50,7 @@ def plain(folder: Path) -> Any:
 
 
 def load(folder: Path, **values: Any) -> TorchRuntime:
-    settings = Settings.model_validate({"models": [str(folder)], **values})
+    settings = Settings.model_validate({"models": [str(folder)], "engine": "torch", **values})
     runtime = load_runtime(settings.models[0], settings)
     assert isinstance(runtime, TorchRuntime)
     return runtime
@@ -169,11 +171,11 @@ def test_the_fingerprint_is_the_model_s_and_names_other_arithmetic(
 
 def test_auto_takes_the_faster_arithmetic(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for seconds, dtype in (
-        ({"torch.float32": 1.0, "torch.bfloat16": 0.5}, "bfloat16"),
-        ({"torch.float32": 1.0, "torch.bfloat16": 0.9}, "float32"),
+        ({"float32": 1.0, "bfloat16": 0.5}, "bfloat16"),
+        ({"float32": 1.0, "bfloat16": 0.9}, "float32"),
     ):
         monkeypatch.setattr(
-            "serve.torch_runtime._time_batch", lambda runtime, s=seconds: s[str(runtime._dtype)]
+            "serve.loading._time", lambda engines, s=seconds: [s[engine.info.dtype] for engine in engines]
         )
         assert load(folder, dtype="auto").info.dtype == dtype
 
@@ -188,18 +190,19 @@ def test_an_engine_that_damages_vectors_is_refused(folder: Path, monkeypatch: py
 
     monkeypatch.setattr(TorchRuntime, "encode_images", noisy)
     with pytest.raises(SelfTestError, match="centred cosine"):
-        build_runtime(loaded, Settings(), device=CPU)
+        build_runtime(loaded, Settings(engine="torch"), device=CPU)
 
 
 def test_damaged_weights_fail_the_self_test(folder: Path) -> None:
     loaded = load_model(folder)
-    runtime = TorchRuntime(loaded, device=CPU)
+    inputs = Inputs(loaded, "fast")
+    runtime = TorchRuntime(loaded, inputs, device=CPU)
     self_test(runtime)
     broken = copy.deepcopy(loaded)
     with torch.no_grad():
         next(broken.model.parameters()).fill_(float("nan"))
     with pytest.raises(SelfTestError):
-        self_test(TorchRuntime(broken, device=CPU))
+        self_test(TorchRuntime(broken, inputs, device=CPU))
 
 
 def test_random_weights_and_pickled_weights_are_refused(
@@ -212,7 +215,7 @@ def test_random_weights_and_pickled_weights_are_refused(
     from dataclasses import replace
 
     loaded = replace(load_model(folder), is_random=True)
-    monkeypatch.setattr("serve.torch_runtime.load_model", random)
+    monkeypatch.setattr("serve.loading.load_model", random)
     with pytest.raises(ConfigError, match="--allow-random-weights"):
         load(folder)
     assert load(folder, allow_random_weights=True).info.dimensions == 32

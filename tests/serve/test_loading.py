@@ -1,0 +1,153 @@
+"""Which engine a model is served with."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from clipstack.errors import ConfigError
+from serve.gate import passes
+from serve.loading import check_engine, load_runtime
+from serve.openvino_runtime import OpenVinoRuntime, UnconvertibleError
+from serve.runtime import Float32, Runtime, SelfTestError
+from serve.settings import Settings
+from serve.torch_runtime import TorchRuntime
+from tests.serve.models import save_model, tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("tiny") / "model", tiny_model())
+
+
+@pytest.fixture(autouse=True)
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, logger="serve")
+    return caplog
+
+
+def load(folder: Path, **values: Any) -> Runtime:
+    settings = Settings.model_validate({"models": [str(folder)], **values})
+    return load_runtime(settings.models[0], settings)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
+    """Times of the engines, by the first word of their name and their dtype."""
+
+    def timed(engines: Sequence[Runtime]) -> list[float]:
+        return [seconds[f"{engine.info.engine.split()[0]}_{engine.info.dtype}"] for engine in engines]
+
+    monkeypatch.setattr("serve.loading._time", timed)
+
+
+@pytest.mark.parametrize(
+    ("openvino_s", "torch_s", "engine"),
+    [(1.0, 1.5, "openvino"), (1.0, 1.0, "openvino"), (1.5, 1.0, "torch")],
+)
+def test_auto_takes_openvino_where_it_is_no_slower(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, openvino_s: float, torch_s: float, engine: str
+) -> None:
+    pretend(monkeypatch, openvino_float32=openvino_s, torch_float32=torch_s)
+    info = load(folder).info
+    assert info.engine.startswith(engine) and info.dtype == "float32"
+    assert info.gate is not None and passes(info.gate, "float32")
+
+
+def test_the_real_clock_chooses_one_of_them(folder: Path, log: pytest.LogCaptureFixture) -> None:
+    info = load(folder).info
+    (line,) = [record for record in log.records if record.getMessage() == "engines timed"]
+    seconds = vars(line)["seconds"]
+    assert set(seconds) == {"openvino float32", "torch float32"} and min(seconds.values()) > 0
+    assert vars(line)["engine"] == info.engine
+
+
+@pytest.mark.parametrize(
+    ("bfloat16_s", "chosen"), [(0.7, ("torch", "bfloat16")), (0.9, ("openvino", "float32"))]
+)
+def test_auto_of_both_settings_takes_the_fastest_of_all(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, bfloat16_s: float, chosen: tuple[str, str]
+) -> None:
+    pretend(monkeypatch, openvino_float32=1.0, torch_float32=2.0, torch_bfloat16=bfloat16_s)
+    info = load(folder, dtype="auto").info
+    assert (info.engine.split()[0], info.dtype) == chosen
+
+
+def test_both_engines_share_the_fingerprint_and_the_vectors(folder: Path) -> None:
+    ours, plain = load(folder, engine="openvino"), load(folder, engine="torch")
+    assert isinstance(ours, OpenVinoRuntime) and isinstance(plain, TorchRuntime)
+    assert ours.info.fingerprint == plain.info.fingerprint
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    image, text = ours.prepare_image(pixels), ours.tokenize("a photo of a cat", truncate=False).ids
+    assert np.abs(ours.encode_images([image]) - plain.encode_images([image])).max() < 1e-6
+    assert np.abs(ours.encode_texts([text]) - plain.encode_texts([text])).max() < 1e-6
+
+
+def reason(log: pytest.LogCaptureFixture) -> str:
+    (line,) = [record for record in log.records if record.getMessage() == "openvino not taken"]
+    text: str = vars(line)["reason"]
+    return text
+
+
+def test_without_the_package_auto_takes_torch_and_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)  # as if it were not installed
+    assert load(folder).info.engine.startswith("torch")
+    assert "pip install 'clipstack[openvino]'" in reason(log)
+    with pytest.raises(ConfigError, match=r"engine = 'openvino'.*pip install 'clipstack\[openvino\]'"):
+        load(folder, engine="openvino")
+
+
+def test_a_model_that_cannot_be_converted_goes_to_torch(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise NotImplementedError("no such operator")
+
+    monkeypatch.setattr(torch.jit, "trace", refuse)
+    assert load(folder).info.engine.startswith("torch")
+    assert "no such operator" in reason(log)
+    with pytest.raises(UnconvertibleError, match=r"engine = 'openvino'.*no such operator.*--engine torch"):
+        load(folder, engine="openvino")
+
+
+def test_vectors_that_fail_the_gate_go_to_torch(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    original = OpenVinoRuntime.encode_texts
+
+    def noisy(self: OpenVinoRuntime, texts: Any) -> Float32:
+        rows = original(self, texts)
+        return rows + 0.02 * np.random.default_rng(0).standard_normal(rows.shape).astype(np.float32)
+
+    monkeypatch.setattr(OpenVinoRuntime, "encode_texts", noisy)
+    assert load(folder).info.engine.startswith("torch")
+    assert "gate" in reason(log)
+    with pytest.raises(SelfTestError, match="gate"):
+        load(folder, engine="openvino")
+
+
+def test_a_graph_that_only_takes_some_batches_goes_to_torch(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    def broken(self: OpenVinoRuntime, images: Any) -> Float32:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(OpenVinoRuntime, "encode_images", broken)
+    assert load(folder).info.engine.startswith("torch")
+    assert "shapes do not fit" in reason(log)
+
+
+def test_what_openvino_cannot_do_is_refused_with_the_fix(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"engine = 'openvino'.*bfloat16.*--engine torch"):
+        load(folder, engine="openvino", dtype="bfloat16")
+    with pytest.raises(ConfigError, match=r"engine = 'openvino'.*device is cuda:0.*--device cpu"):
+        check_engine(Settings(engine="openvino"), torch.device("cuda:0"))
+    assert load(folder, dtype="bfloat16").info.engine.startswith("torch")
