@@ -11,7 +11,8 @@ float32, after the clock has stopped.
 Closed loop: C clients, each with one request under way. Open loop: requests at Poisson times, timed from the
 moment they were meant to be sent, so that a server that stalls cannot hide it. Rounds alternate the order of
 the servers (ABBA), and one server is entered twice as a control (A/A): its ratio to itself shows the noise.
-In every round plain processes do the same work without a server, as the limit of what the cores can do.
+In every round plain processes do the same work without a server, as the limit of what the cores can do: with
+torch, and with the engine that our server chose where that is another.
 """
 
 from __future__ import annotations
@@ -445,9 +446,11 @@ def _uri(data: bytes) -> str:
 
 
 class Bare:
-    """Plain processes that do a server's work without a server. They wait, and run when they are asked to."""
+    """Plain processes that do a server's work without a server, with one engine. They wait, and run when they
+    are asked to.
+    """
 
-    def __init__(self, folder: Path, work: Work, stack: ExitStack) -> None:
+    def __init__(self, folder: Path, work: Work, engine: str, stack: ExitStack) -> None:
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
         for index, data in enumerate(work.images):
             Path(scratch, f"{index}.jpg").write_bytes(data)
@@ -455,7 +458,7 @@ class Bare:
         def start(threads: int) -> subprocess.Popen[str]:
             code = "import sys; from benchmarks.serve import bare_worker; bare_worker(*sys.argv[1:])"
             worker = subprocess.Popen(
-                [sys.executable, "-c", code, str(folder), scratch, str(threads)],
+                [sys.executable, "-c", code, str(folder), scratch, str(threads), engine],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY,
                 env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             )  # fmt: skip
@@ -465,6 +468,9 @@ class Bare:
 
         self._one_each = [start(1) for _ in range(CORES)]
         self._all_in_one = [start(CORES)]
+        for worker in [*self._one_each, *self._all_in_one]:
+            assert worker.stdout is not None
+            worker.stdout.readline()  # it has loaded the model
 
     def rates(self, seconds: float) -> Row:
         """images/s: of the forward pass alone, and of decode + preparation + forward, on all cores.
@@ -491,19 +497,20 @@ class Bare:
         return total
 
 
-def bare_worker(folder: str, images: str, threads: str) -> None:
+def bare_worker(folder: str, images: str, threads: str, engine: str) -> None:
     """For each line `WHAT BATCH SECONDS` on standard input, print the images a second of this process."""
     from serve.images import ImageLimits, decode_image
     from serve.loading import load_runtime
     from serve.settings import Settings
 
     settings = Settings.model_validate(
-        {"models": [folder], "device_threads": int(threads), "engine": "torch"}
+        {"models": [folder], "engine": engine, "device_threads": int(threads), "device_lanes": 1}
     )
     runtime = load_runtime(settings.models[0], settings)
     files = [path.read_bytes() for path in sorted(Path(images).iterdir())]
     prepared = [runtime.prepare_image(decode_image(data, ImageLimits())) for data in files]
     runtime.encode_images(prepared)
+    print("ready", flush=True)
     for line in sys.stdin:
         what, size, seconds = line.split()
         done, started = 0, time.perf_counter()
@@ -516,6 +523,12 @@ def bare_worker(folder: str, images: str, threads: str) -> None:
             runtime.encode_images(images)
             done += len(batch)
         print(done / (time.perf_counter() - started), flush=True)
+
+
+def engine_of(port: int) -> str:
+    """Which engine our server computes with, by the first word of its name."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5) as reply:
+        return str(json.load(reply)["data"][0]["engine"]).split()[0]
 
 
 # The run
@@ -532,18 +545,20 @@ def rounds(found: Sequence[Peer], args: argparse.Namespace, work: Work, folder: 
         name: {str(clients): [] for clients in args.clients} for name, _ in entries
     }
     texts: dict[str, float] = {}
-    limits: list[Row] = []
+    limits: dict[str, list[Row]] = {}
     with ExitStack() as stack:
-        bare = Bare(folder, work, stack) if args.limits else None
         started = {name: stack.enter_context(running(peer)) for name, peer in entries}
         targets = {name: Target(peer, *started[name], work) for name, peer in entries}
+        engine = engine_of(started[found[0].name][0])
         for name, target in targets.items():
             target.closed(8, 2.0)
             texts[name] = target.text_cosine()
             os.killpg(started[name][1], signal.SIGSTOP)  # only the server that is measured may run
+        engines = dict.fromkeys(["torch", engine]) if args.limits else {}
+        bare = {name: Bare(folder, work, name, stack) for name in engines}
         for number in range(args.rounds):
-            if bare is not None:
-                limits.append(bare.rates(args.seconds))
+            for name, processes in bare.items():
+                limits.setdefault(name, []).append(processes.rates(args.seconds))
             order = list(targets.items())
             for name, target in order if number % 2 == 0 else order[::-1]:
                 os.killpg(started[name][1], signal.SIGCONT)
@@ -552,7 +567,7 @@ def rounds(found: Sequence[Peer], args: argparse.Namespace, work: Work, folder: 
                     results[name][str(clients)].append(target.closed(clients, args.seconds))
                 os.killpg(started[name][1], signal.SIGSTOP)
             print(f"round {number + 1}/{args.rounds}", file=sys.stderr)
-    return {"closed": results, "text_cosine": texts, "limits": limits}
+    return {"closed": results, "text_cosine": texts, "limits": limits, "engine": engine}
 
 
 class Revived:
@@ -643,27 +658,29 @@ def _ratios(ours: Sequence[Row], theirs: Sequence[Row]) -> list[float]:
 
 
 def _limit_lines(report: dict[str, Any], ours: dict[str, list[Row]]) -> list[str]:
-    """The server's rate as a share of what plain processes do on all cores in the same round. The second
-    figure is the share of what the client's own processor time leaves of that.
+    """The server's rate as a share of what plain processes do on all cores in the same round: with torch, and
+    with the engine that the server uses. The second figure of each is the share of what the client's own
+    processor time leaves of that.
     """
-    if not report["limits"]:
-        return []
-    medians = _medians(report["limits"])
-    lines = ["", "images/s of plain processes: forward {forward_per_s:.1f}, "
-             "decode + preparation + forward {pipeline_per_s:.1f}".format(**medians)]  # fmt: skip
-    for name, key in (("eta_fwd", "forward_per_s"), ("eta_pipe", "pipeline_per_s")):
-        for suffix, counts_client in (("", False), (" of what the client leaves", True)):
-            cells = []
-            for clients in report["clients"]:
-                pairs = zip(ours[str(clients)], report["limits"], strict=True)
-                cells.append(
-                    _spread(
-                        [row["per_s"] / limit[key] / (1 - counts_client * row["client_share"])
-                         for row, limit in pairs]
-                    )
-                )  # fmt: skip
-            lines.append(_line(name + suffix, cells))
+    lines = []
+    for engine, limits in report["limits"].items():
+        rates = "forward {forward_per_s:.1f}, decode + preparation + forward {pipeline_per_s:.1f}"
+        lines += ["", f"images/s of plain processes with {engine}: " + rates.format(**_medians(limits))]
+        for name, key in (("eta_fwd", "forward_per_s"), ("eta_pipe", "pipeline_per_s")):
+            for suffix, counts_client in (("", False), (", client's time left out", True)):
+                cells = [
+                    _spread(_shares(ours[str(clients)], limits, key, counts_client=counts_client))
+                    for clients in report["clients"]
+                ]
+                lines.append(_line(name + suffix, cells))
     return lines
+
+
+def _shares(ours: Sequence[Row], limits: Sequence[Row], key: str, *, counts_client: bool) -> list[float]:
+    return [
+        row["per_s"] / limit[key] / (1 - counts_client * row["client_share"])
+        for row, limit in zip(ours, limits, strict=True)
+    ]
 
 
 def main() -> int:

@@ -57,8 +57,8 @@ class Metrics:
             registry=self.registry,
         )  # fmt: skip
         self.model_info = Gauge(
-            name + "model_info", "1 for the fingerprint that a model name answers with",
-            ("model", "fingerprint"),
+            name + "model_info", "1 for the fingerprint and the engine that a model name answers with",
+            ("model", "fingerprint", "engine"),
             registry=self.registry,
         )  # fmt: skip
         self.reloads = Counter(name + "reloads", "Model reloads", ("model", "result"), registry=self.registry)

@@ -150,11 +150,13 @@ class Service:
         finally:
             self.metrics.reloads.labels(model.name, result).inc()
         self.loaded_at[model.name] = time.time()
+        if before is not None:
+            self.metrics.model_info.remove(model.name, before.info.fingerprint, before.info.engine)
         if before is not None and before.info.fingerprint != after.info.fingerprint:
-            self.metrics.model_info.remove(model.name, before.info.fingerprint)
             self.matrices.forget(before.info.fingerprint)
-        self.metrics.model_info.labels(model.name, after.info.fingerprint).set(1)
-        logger.info("model loaded", extra={"model": model.name, "fingerprint": after.info.fingerprint})
+        self.metrics.model_info.labels(model.name, after.info.fingerprint, after.info.engine).set(1)
+        loaded = {"model": model.name, "fingerprint": after.info.fingerprint, "engine": after.info.engine}
+        logger.info("model loaded", extra=loaded)
         return before, after
 
     async def reload(self, model: ServedModel) -> tuple[Version, Version]:

@@ -751,7 +751,7 @@ def test_metrics_tell_requests_batches_stages_and_rejects(client: TestClient) ->
         'clipstack_serve_requests_total{method="POST",route="/v1/embeddings",status="400"} 1.0',
         'clipstack_serve_rejects_total{code="text_empty"} 1.0',
         'clipstack_serve_queue_depth{kind="text",model="fake"} 0.0',
-        'clipstack_serve_model_info{fingerprint="fake-1",model="fake"} 1.0',
+        'clipstack_serve_model_info{engine="fake",fingerprint="fake-1",model="fake"} 1.0',
         'clipstack_serve_stage_seconds_count{stage="decode"} 1.0',
     ):
         assert line in text, line

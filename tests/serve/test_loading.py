@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fastapi.testclient import TestClient
 
+from clipstack.checkpoint import load_model
 from clipstack.errors import ConfigError
+from serve.app import create_app
 from serve.gate import passes
 from serve.loading import check_engine, load_runtime
 from serve.openvino_runtime import OpenVinoRuntime, UnconvertibleError
 from serve.runtime import Float32, Runtime, SelfTestError
-from serve.settings import Settings
+from serve.security import hash_token
+from serve.settings import ModelSpec, Settings
 from serve.torch_runtime import TorchRuntime
 from tests.serve.models import save_model, tiny_model
 
@@ -151,3 +155,41 @@ def test_what_openvino_cannot_do_is_refused_with_the_fix(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"engine = 'openvino'.*device is cuda:0.*--device cpu"):
         check_engine(Settings(engine="openvino"), torch.device("cuda:0"))
     assert load(folder, dtype="bfloat16").info.engine.startswith("torch")
+
+
+def test_reload_and_roll_back_with_openvino(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", tiny_model())
+    settings = Settings(
+        models=(ModelSpec(id="m", source=str(folder)),),
+        engine="openvino",
+        label_set_file=tmp_path / "sets.sqlite3",
+        admin_token_hashes=(hash_token("root"),),
+    )
+    with TestClient(create_app(settings), headers={"authorization": "Bearer root"}) as client:
+
+        def vector() -> Float32:
+            reply = client.post("/v1/embeddings", json={"model": "m", "input": "a photo of a cat"})
+            return np.float32(reply.json()["data"][0]["embedding"])
+
+        def expected(seed: int) -> Float32:
+            loaded = load_model(save_model(tmp_path / str(seed), tiny_model(seed)))
+            with torch.inference_mode():
+                tokens = loaded.tokenizer(["a photo of a cat"])
+                row: Float32 = loaded.model.towers.encode_text(tokens, normalize=True).numpy()[0]
+            return row
+
+        assert np.abs(vector() - expected(0)).max() < 1e-5
+        save_model(folder, tiny_model(1))
+        assert client.post("/v1/models/reload", json={}).json()["changed"]
+        assert np.abs(vector() - expected(1)).max() < 1e-5
+        damaged = tiny_model(2)
+        next(damaged.parameters()).fill_(float("nan"))
+        save_model(folder, damaged)
+        refused = client.post("/v1/models/reload", json={})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "reload_failed")
+        assert np.abs(vector() - expected(1)).max() < 1e-5
+        assert client.get("/readyz").status_code == 200
+        (model,) = client.get("/v1/models").json()["data"]
+        assert model["engine"].startswith("openvino ") and model["dtype"] == "float32"
+        gauge = f'model_info{{engine="{model["engine"]}",fingerprint="{model["fingerprint"]}",model="m"}} 1.0'
+        assert gauge in client.get("/metrics").text
