@@ -46,7 +46,7 @@ sbom: $(READY) $(SERVE)/.ready
 $(SERVE)/.ready: pyproject.toml constraints.txt docker/requirements.py
 	@$(PYTHON) -m venv --clear $(SERVE)
 	@$(SERVE_PIP) --no-deps $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch torchvision
-	@$(PYTHON) docker/requirements.py serve > $(SERVE)/requirements.txt
+	@$(PYTHON) docker/requirements.py serve openvino > $(SERVE)/requirements.txt
 	@$(SERVE_PIP) --requirement $(SERVE)/requirements.txt
 	@$(SERVE)/bin/python -m pip uninstall --quiet --yes pip
 	@touch $@

@@ -2,7 +2,7 @@
 
 An image installs that before the sources are there, and keeps the layer when they change:
 
-    python docker/requirements.py serve > requirements.txt
+    python docker/requirements.py serve openvino > requirements.txt
 """
 
 import re

@@ -24,7 +24,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     pip install --no-deps ${TORCH_INDEX_URL:+--index-url "${TORCH_INDEX_URL}"} torch torchvision
 # One layer for everything that others wrote: it stays as it is when our sources change.
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    python requirements.py serve > requirements.txt && pip install --requirement requirements.txt
+    python requirements.py serve openvino > requirements.txt && pip install --requirement requirements.txt
 COPY README.md LICENSE ./
 COPY clipstack clipstack
 COPY serve serve
