@@ -38,9 +38,6 @@ PAGES = sorted(
 )
 
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_each_command_block_says_whether_it_runs(page: str) -> None:
     blocks = read_blocks(page)
@@ -83,12 +80,17 @@ def test_every_link_to_a_file_leads_to_one(page: str) -> None:
     assert [target for target in targets if not (path.parent / target).exists()] == []
 
 
-def test_figures_in_the_readme_stand_on_the_page_that_they_link_to() -> None:
-    rows = re.findall(r"^\|[^|]*\|([^|]*)\| \[\w+\]\((docs/benchmarks/\w+\.md)\) \|$", README, re.M)
+ROW_OF_FIGURES = r"^\|[^|]*\|(?:[^|]*\|)?([^|]*)\| \[\w+\]\(((?:docs/)?benchmarks/\w+\.md)\)[^|]*\|$"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
+def test_figures_stand_on_the_page_that_they_link_to(page: str) -> None:
+    path = REPOSITORY / page
+    rows = re.findall(ROW_OF_FIGURES, path.read_text(encoding="utf-8"), re.M)
     assert len(rows) > 5
-    for told, page in rows:
-        measured = (REPOSITORY / page).read_text()
-        assert [figure for figure in re.findall(r"\d+\.\d+", told) if figure not in measured] == [], page
+    for told, target in rows:
+        measured = (path.parent / target).read_text(encoding="utf-8")
+        assert [figure for figure in re.findall(r"\d+\.\d+", told) if figure not in measured] == [], target
 
 
 def test_the_readme(tmp_path: Path) -> None:
