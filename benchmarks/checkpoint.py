@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clipstack.config import parse_recipe, to_toml
-from clipstack.engine import Engine, start_distributed, stop_distributed
+from clipstack.training.engine import Engine, start_distributed, stop_distributed
 
 import torch  # isort: skip
 

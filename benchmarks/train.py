@@ -298,8 +298,8 @@ def gpu_summary(results: Mapping[str, Any]) -> str:
     import torch
 
     from clipstack.config import ModelConfig
-    from clipstack.flops import flops_per_pair, peak_flops
     from clipstack.model import build_model
+    from clipstack.training.flops import flops_per_pair, peak_flops
 
     lines = ["| case | trainer | MFU | memory, GiB |", "| --- | --- | --- | --- |"]
     peak = peak_flops(torch.device("cuda"), "bf16")

@@ -11,7 +11,7 @@ from clipstack.charts import bar, line_chart
 from clipstack.config import Recipe
 from clipstack.demo_probes import Score
 from clipstack.files import write_text
-from clipstack.reporting import METRICS_FILE, read_lines
+from clipstack.run_log import METRICS_FILE, read_jsonl
 from data_pipelines.page import document, picture
 
 MEANING = {
@@ -65,7 +65,7 @@ def write_page(
 ) -> Path:
     """`lessons`: the recipes of the trainings, in order; `run_dir` is the last one's. num_pictures: what was
     drawn for training. Returns `path`."""
-    metrics = [line for line in read_lines(run_dir / METRICS_FILE) if "event" not in line]
+    metrics = [line for line in read_jsonl(run_dir / METRICS_FILE) if "event" not in line]
     charts = [
         line_chart("Loss", {"loss": [(m["step"], m["loss"]) for m in metrics]}),
         line_chart(

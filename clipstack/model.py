@@ -363,3 +363,12 @@ def _lock_text(towers: nn.Module) -> None:
     for name, parameter in towers.named_parameters():
         if not name.startswith("visual.") and name not in ("logit_scale", "logit_bias"):
             parameter.requires_grad_(False)
+
+
+def block_stacks(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
+    """The towers' stacks of transformer blocks, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential) and name.endswith(("resblocks", "blocks"))
+    }

@@ -16,7 +16,7 @@ from clipstack.charts import Points, line_chart
 from clipstack.checkpoint import RECIPE_FILE, is_finished, newest_step
 from clipstack.errors import ConfigError
 from clipstack.files import write_text
-from clipstack.reporting import EVAL_FILE, METRICS_FILE, read_lines
+from clipstack.run_log import EVAL_FILE, METRICS_FILE, read_jsonl
 from data_pipelines.page import document
 
 CURVES = {
@@ -82,7 +82,7 @@ def read_run(folder: Path, name: str) -> Run:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     try:
-        return read_lines(path) if path.is_file() else []
+        return read_jsonl(path) if path.is_file() else []
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: {error.doc[:60]!r} is not JSON; the file was changed by hand") from error
 

@@ -87,12 +87,14 @@ def run(recipe: Recipe, args: argparse.Namespace) -> int:
 def _build(recipe: Recipe, args: argparse.Namespace, stop: StopRequest, held: ExitStack) -> Callable[[], int]:
     """What there is to do, ready to start; calling it gives the exit code. held: what is let go of after
     it."""
-    from clipstack.engine import Engine, read_user_config, start_distributed, user_precision
-    from clipstack.flops import peak_seconds_per_sample
     from clipstack.model import build_model
     from clipstack.preprocess import Preprocess
-    from clipstack.run_folder import RunLock, prepare, resolve_precision, write_recipe
-    from clipstack.trainer import find_data, open_data
+    from clipstack.training.deepspeed_config import read_user_config, user_precision
+    from clipstack.training.engine import Engine, start_distributed
+    from clipstack.training.flops import peak_seconds_per_sample
+    from clipstack.training.precision import resolve_precision
+    from clipstack.training.run_data import find_data, open_data
+    from clipstack.training.run_folder import RunLock, prepare, write_recipe
 
     user_config = read_user_config(args.deepspeed_config)
     world = start_distributed(timeout=timedelta(seconds=recipe.train.collective_timeout_s))
@@ -118,7 +120,7 @@ def _build(recipe: Recipe, args: argparse.Namespace, stop: StopRequest, held: Ex
     )
     resolved = resolve_precision(plan.recipe, model, world, decided=user_precision(user_config))
     if args.dry_run:
-        from clipstack.dry_run import dry_run
+        from clipstack.training.dry_run import dry_run
 
         return partial(dry_run, resolved, model, world, user_config)
     snapshot = world.together(lambda: plan.load(model))
@@ -136,8 +138,8 @@ def _build(recipe: Recipe, args: argparse.Namespace, stop: StopRequest, held: Ex
 
 
 def _fit(*args: Any, **options: Any) -> int:
-    from clipstack.engine import stop_distributed
-    from clipstack.trainer import fit
+    from clipstack.training.engine import stop_distributed
+    from clipstack.training.trainer import fit
 
     outcome = fit(*args, **options)
     stop_distributed()

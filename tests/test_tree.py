@@ -8,7 +8,10 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("clipstack", "clipstack/losses", "data_pipelines", "serve", "benchmarks", "docker", "examples")
+PACKAGES = (
+    "clipstack", "clipstack/losses", "clipstack/training",
+    "data_pipelines", "serve", "benchmarks", "docker", "examples",
+)  # fmt: skip
 
 
 def first_sentence(path: Path) -> str:

@@ -34,7 +34,7 @@ from benchmarks.trainers import (
 from clipstack.checkpoint import load_model
 from clipstack.config import load_recipe, parse_recipe
 from clipstack.model import build_model, open_clip_weights
-from clipstack.trainer import lr_at
+from clipstack.training.trainer import lr_at
 
 PEER_LOG_LINE = (
     "2026-11-22,05:40:00 | INFO | Train Epoch: 1 [1024/19968 (5%)] Data (t): 0.008 Batch (t): 0.301, "

@@ -22,19 +22,22 @@ from timm.layers.attention import Attention
 from timm.layers.drop import DropPath
 from torch import Tensor
 
-from clipstack import engine as engine_module
 from clipstack import model as model_module
-from clipstack import reporting, run_folder, train, trainer
-from clipstack.accumulation import Part, make_passes
-from clipstack.average import MovingAverage
+from clipstack import run_log, train
 from clipstack.config import ModelConfig, Recipe, load_recipe, parse_recipe
-from clipstack.dropout import key_dropouts, row_keys
-from clipstack.engine import Engine, StepResult, make_optimizer, start_distributed
 from clipstack.errors import ConfigError
 from clipstack.loader import Batch, TrainLoader
 from clipstack.losses import build_objective
 from clipstack.losses.types import Embeddings, LossOutput
 from clipstack.model import ClipModel, build_model, make_record
+from clipstack.training import engine as engine_module
+from clipstack.training import run_data, run_folder, trainer
+from clipstack.training.dropout import key_dropouts, row_keys
+from clipstack.training.ema import ModelEma
+from clipstack.training.engine import Engine, StepResult, start_distributed
+from clipstack.training.grad_cache import Part, make_passes
+from clipstack.training.optimizer import make_optimizer
+from clipstack.training.precision import autocast
 from clipstack.world import World
 
 BOUND = 5e-6
@@ -185,7 +188,7 @@ def one_pass(
     encoded = []
     for rows in torch.arange(size).chunk(shares):
         keys.rows = row_keys(0, 5, rows)
-        with engine_module.autocast(torch.device("cpu"), recipe.train.precision):
+        with autocast(torch.device("cpu"), recipe.train.precision):
             encoded.append(model(images[rows], tokens[rows]))
     embeddings = encoded[0]._replace(
         image=torch.cat([part.image for part in encoded]), text=torch.cat([part.text for part in encoded])
@@ -311,11 +314,11 @@ def train_with_faults(argv: Sequence[str]) -> int:
 
         def roll_back(self, step: int, next_sample: int) -> None:
             if faults.given("no_log"):
-                reporting.write_text = _no_space
+                run_log.write_text = _no_space
             super().roll_back(step, next_sample)
 
     trainer.Training = Faulty  # type: ignore[misc]
-    build, open_data = model_module.build_model, trainer.open_data
+    build, open_data = model_module.build_model, run_data.open_data
 
     def build_model_with_faults(*args: Any, **options: Any) -> ClipModel:
         faults.phase("build")
@@ -325,7 +328,7 @@ def train_with_faults(argv: Sequence[str]) -> int:
         faults.phase("open data")
         return open_data(*args, **options)
 
-    model_module.build_model, trainer.open_data = build_model_with_faults, open_data_with_faults
+    model_module.build_model, run_data.open_data = build_model_with_faults, open_data_with_faults
     return train.main(argv)
 
 
@@ -423,7 +426,7 @@ def updates_equal_those_of_plain_adamw(argv: Sequence[str]) -> int:
         recipe = recipe_at(stage)
         engine = Engine(build_model(recipe.model, seed=0), recipe, world)
         engine.train()
-        average = MovingAverage(engine, 0.9)
+        average = ModelEma(engine, 0.9)
         saved: tuple[dict[str, Tensor], ...] = ()
         for step in (1, 2, 3):
             if step == 3:

@@ -11,8 +11,8 @@ from timm.layers.attention import Attention
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
-from clipstack.dropout import DropoutKeys, KeyedPatchDropout, key_dropouts, row_keys
 from clipstack.errors import ConfigError
+from clipstack.training.dropout import DropoutKeys, KeyedPatchDropout, key_dropouts, row_keys
 
 
 def keyed(*modules: nn.Module) -> tuple[nn.Sequential, DropoutKeys]:

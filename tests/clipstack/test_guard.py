@@ -6,7 +6,7 @@ import pytest
 
 from clipstack.config import GuardConfig
 from clipstack.errors import DivergenceError
-from clipstack.guard import MEDIAN_FROM, Guard, Verdict, is_good
+from clipstack.training.guard import MEDIAN_FROM, Guard, Verdict, is_good
 
 
 def learn(guard: Guard, losses: list[float]) -> None:

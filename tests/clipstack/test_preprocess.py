@@ -16,9 +16,9 @@ from PIL import Image
 from torchvision.transforms import functional as torchvision_functional
 
 from clipstack.config import AugmentConfig, ModelConfig
-from clipstack.dry_run import _Measuring, cut_captions, decoded
 from clipstack.model import make_record
 from clipstack.preprocess import Preprocess
+from clipstack.training.dry_run import _Measuring, cut_captions, decoded
 from data_pipelines.images import crop_box, decode
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1}

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from clipstack.config import load_recipe
-from clipstack.flops import flops_per_pair
 from clipstack.model import build_model
+from clipstack.training.flops import flops_per_pair
 from tests.clipstack.launching import REPOSITORY, Zygote
 from tests.clipstack.rank_jobs import RECIPES
 

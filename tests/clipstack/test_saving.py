@@ -21,15 +21,18 @@ import torch
 
 from clipstack.checkpoint import MANIFEST_FILE, Snapshot, checkpoint_name, load_snapshot, newest_sound
 from clipstack.config import CheckpointConfig, GuardConfig, load_recipe, to_toml
-from clipstack.engine import deepspeed_config
 from clipstack.errors import CheckpointError, ConfigError
 from clipstack.files import sha256_of
-from clipstack.guard import Guard
 from clipstack.model import ModelRecord
-from clipstack.reporting import PatientSink, Reporter, Silent, read_lines, wandb_id
-from clipstack.run_folder import RunLock, prepare
-from clipstack.saver import Saver
-from clipstack.trainer import Progress, check_validation, note_best
+from clipstack.run_log import read_jsonl
+from clipstack.training.deepspeed_config import deepspeed_config
+from clipstack.training.guard import Guard
+from clipstack.training.reporting import Reporter, Silent
+from clipstack.training.run_data import check_validation
+from clipstack.training.run_folder import RunLock, prepare
+from clipstack.training.saver import Saver
+from clipstack.training.sinks import PatientSink, wandb_id
+from clipstack.training.trainer import Progress, note_best
 from clipstack.world import World
 from tests.clipstack.training_runs import steps_saved
 
@@ -161,9 +164,9 @@ def test_a_checkpoint_comes_after_the_log_on_the_disk(
         if broken:
             raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("clipstack.saver.flush_to_disk", flush)
+    monkeypatch.setattr("clipstack.training.saver.flush_to_disk", flush)
     monkeypatch.setattr(
-        "clipstack.saver.save_snapshot", lambda folder, snapshot: flushed.append("checkpoint")
+        "clipstack.training.saver.save_snapshot", lambda folder, snapshot: flushed.append("checkpoint")
     )
     reporter = Reporter(tmp_path, load_recipe(tiny_recipe_file, [f"run.dir={tmp_path}"]))
     reporter.event("test", 1, "a line")
@@ -196,7 +199,7 @@ def test_a_full_disk_silences_tensorboard_and_not_the_run(
             log_step(reporter, step)
     told = events_of(run)
     assert len(told) == 1 and "log.tensorboard: cannot be written" in told[0]
-    assert [line["step"] for line in read_lines(run / "metrics.jsonl") if "loss" in line] == [*range(1, 30)]
+    assert [line["step"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line] == [*range(1, 30)]
 
     filler.unlink()
     log_step(reporter, 30)
@@ -208,7 +211,7 @@ def test_a_full_disk_silences_tensorboard_and_not_the_run(
 
 
 def events_of(run: Path) -> list[str]:
-    return [line["message"] for line in read_lines(run / "metrics.jsonl") if "event" in line]
+    return [line["message"] for line in read_jsonl(run / "metrics.jsonl") if "event" in line]
 
 
 def log_step(reporter: Reporter, step: int) -> None:
@@ -297,7 +300,7 @@ def test_a_run_folder_is_locked_by_a_process_and_free_when_that_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even while a process that it forked lives on."""
-    monkeypatch.setattr("clipstack.run_folder.LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr("clipstack.training.run_folder.LOCK_WAIT_S", 0.1)
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -15,10 +15,10 @@ from timm.layers.drop import DropBlock2d, DropPath
 from torch import nn
 
 from clipstack.config import ModelConfig
-from clipstack.dropout import key_dropouts
 from clipstack.errors import ConfigError
 from clipstack.model import build_model
-from clipstack.separable import check_separable, uses_batch_statistics
+from clipstack.training.dropout import key_dropouts
+from clipstack.training.separable import check_separable, uses_batch_statistics
 
 
 class OwnDropout(nn.Dropout):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from clipstack.checkpoint import load_model
 from clipstack.config import parse_recipe
-from clipstack.evaluate import possible_metrics
+from clipstack.training.validation import possible_metrics
 from tests.clipstack.launching import Zygote, wait_until
 from tests.clipstack.training_runs import (
     losses,

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 import clipstack.checkpoint
-import clipstack.engine
 import clipstack.evaluate
 import clipstack.train
-import clipstack.trainer  # noqa: F401
+import clipstack.training.engine
+import clipstack.training.trainer  # noqa: F401
 
 
 def main() -> None:

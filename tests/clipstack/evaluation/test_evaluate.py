@@ -21,7 +21,7 @@ from clipstack.checkpoint import load_model
 from clipstack.cli import main
 from clipstack.config import parse_recipe
 from clipstack.eval_data import TreeSamples
-from clipstack.evaluate import validate
+from clipstack.training.validation import validate
 from clipstack.world import World
 from tests.clipstack.evaluation.conftest import COLOURS, MODEL, NUM_SAMPLES, TEMPLATES, png
 from tests.clipstack.launching import Zygote

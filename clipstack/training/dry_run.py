@@ -15,10 +15,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from clipstack.config import Recipe
-from clipstack.engine import deepspeed_config
 from clipstack.loader import Batch, TrainLoader
 from clipstack.model import ClipModel
 from clipstack.preprocess import Preprocess
+from clipstack.training.deepspeed_config import deepspeed_config
 from clipstack.world import World
 
 SHOWN = 32

@@ -24,8 +24,8 @@ from clipstack.checkpoint import (
 )
 from clipstack.config import CheckpointConfig
 from clipstack.errors import CheckpointError
-from clipstack.guard import is_good
-from clipstack.reporting import Reporter
+from clipstack.training.guard import is_good
+from clipstack.training.reporting import Reporter
 from clipstack.world import World
 from data_pipelines.files import flush_to_disk
 

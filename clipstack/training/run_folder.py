@@ -24,11 +24,10 @@ from clipstack.checkpoint import (
     newest_sound,
 )
 from clipstack.config import Recipe, parse_recipe, to_toml
-from clipstack.engine import Precision, faster_precision
 from clipstack.errors import CheckpointError, ConfigError
 from clipstack.files import write_text
 from clipstack.model import ClipModel, load_open_clip_weights
-from clipstack.world import World
+from clipstack.training.precision import with_precision
 
 FIXED_KEYS = (
     "seed", "model", "objective", "optim", "data.caption", "data.lanes", "data.window_shards",
@@ -205,26 +204,6 @@ def _keep_precision(recipe: Recipe, before: Recipe) -> Recipe:
     if recipe.train.precision != "auto":
         return recipe
     return with_precision(recipe, before.train.precision)
-
-
-def with_precision(recipe: Recipe, precision: str) -> Recipe:
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
-
-
-def resolve_precision(recipe: Recipe, model: ClipModel, world: World, *, decided: Precision | None) -> Recipe:
-    """The recipe with "auto" replaced by what the main rank measures. Collective."""
-    if recipe.train.precision != "auto":
-        if decided not in (None, recipe.train.precision):
-            raise ConfigError(
-                f"train.precision = {recipe.train.precision!r}: --deepspeed_config decides {decided!r}; make "
-                "them agree"
-            )
-        return recipe
-    if decided is not None:
-        return with_precision(recipe, decided)
-    return with_precision(
-        recipe, world.from_main(lambda: faster_precision(model.to(world.device), world.device))
-    )
 
 
 def differences(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:

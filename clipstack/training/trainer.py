@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipstack.accumulation import Part, make_passes
-from clipstack.average import MovingAverage
 from clipstack.checkpoint import (
     CHECKPOINTS,
     Snapshot,
@@ -26,24 +23,25 @@ from clipstack.checkpoint import (
     read_progress,
     sound_checkpoints,
 )
-from clipstack.config import DataConfig, OptimConfig, Recipe, to_toml
-from clipstack.dropout import row_keys
-from clipstack.engine import Engine, StepResult
-from clipstack.errors import ConfigError, DataError, DivergenceError
-from clipstack.evaluate import lower_is_better, possible_metrics, validate
-from clipstack.guard import Guard, Verdict, is_good
+from clipstack.config import OptimConfig, Recipe, to_toml
+from clipstack.errors import ConfigError, DivergenceError
 from clipstack.loader import Batch, TrainLoader
 from clipstack.losses import build_objective
 from clipstack.losses.inputs import NonFiniteError
 from clipstack.losses.types import Embeddings, LossOutput
 from clipstack.preprocess import Preprocess
-from clipstack.reporting import QUARANTINE_FILE, ROLLED_BACK, Reporter, Silent
-from clipstack.saver import Saver
+from clipstack.run_log import ROLLED_BACK
 from clipstack.stopping import STOPPED, StopRequest
-from clipstack.telemetry import Clock
-from clipstack.templates import load_templates
+from clipstack.training.dropout import row_keys
+from clipstack.training.ema import ModelEma
+from clipstack.training.engine import Engine, StepResult
+from clipstack.training.grad_cache import Part, make_passes
+from clipstack.training.guard import Guard, Verdict, is_good
+from clipstack.training.reporting import Reporter, Silent
+from clipstack.training.saver import Saver
+from clipstack.training.telemetry import Clock
+from clipstack.training.validation import lower_is_better, validate
 from clipstack.world import World
-from data_pipelines.sources import expand_all
 
 
 class Outcome(Enum):
@@ -197,7 +195,7 @@ class Training:
         self._passes = make_passes(
             self._encode, engine.backward, share=self._share, micro_batch_size=train.micro_batch_size
         )
-        self._average = None if train.ema_decay is None else MovingAverage(engine, train.ema_decay)
+        self._ema = None if train.ema_decay is None else ModelEma(engine, train.ema_decay)
         self.reporter = world.together(lambda: Reporter(run_dir, recipe) if world.is_main else Silent())
         self.saver = Saver(run_dir / CHECKPOINTS, recipe.checkpoint, world, self.reporter)
         self.clock = Clock(world.device, peak_s_per_sample=peak_s_per_sample)
@@ -258,8 +256,8 @@ class Training:
         """Backward pass and optimizer step."""
         self._passes.backward(loss.output.total)
         result = self.engine.step(lr)
-        if self._average is not None and result.applied:
-            self._average.update(self.progress.step + 1)
+        if self._ema is not None and result.applied:
+            self._ema.update(self.progress.step + 1)
         return result
 
     def advance(self, batch: Batch) -> None:
@@ -322,7 +320,7 @@ class Training:
         run_dir, best_step = self.recipe.run.dir, self.progress.best_step
 
         def write() -> None:
-            if self._average is not None:
+            if self._ema is not None:
                 export_model(run_dir, run_dir / "export-ema", average=True)
             if best_step is not None:
                 best = run_dir / CHECKPOINTS / checkpoint_name(best_step)
@@ -347,7 +345,7 @@ class Training:
             max_logit_scale=self.engine.model.max_logit_scale,
             weights=weights,
             optimizer=self.engine.optimizer_state(),
-            average=None if self._average is None else self._average.weights(weights),
+            average=None if self._ema is None else self._ema.weights(weights),
             objective=copied(self._objective.state_dict()),
             order=self._loader.state(),
             recipe_toml=to_toml(self.recipe),
@@ -366,8 +364,8 @@ class Training:
             **{**saved, "skipped_windows": [(low, high) for low, high in saved["skipped_windows"]]}
         )
         self._objective.load_state_dict(snapshot.objective)
-        if self._average is not None and snapshot.average is not None:
-            self._average.load_weights(snapshot.average)
+        if self._ema is not None and snapshot.average is not None:
+            self._ema.load_weights(snapshot.average)
 
     def roll_back(self, step: int, next_sample: int) -> None:
         """Go back to the newest checkpoint of good times, and leave out the data since. Raises
@@ -400,54 +398,6 @@ class Training:
         self._loader.close()
         self.saver.close()
         self.reporter.close()
-
-
-def find_data(config: DataConfig) -> None:
-    """Raises DataError where data.train or data.val names no shards. Reads none of them."""
-    for paths, _ in config.sources:
-        expand_all(paths)
-    expand_all(config.val_paths)
-
-
-def open_data(
-    recipe: Recipe, preprocess: Preprocess, world: World, *, resume_from: Snapshot | None
-) -> TrainLoader:
-    """The training data; missing indexes are made. What is wrong with them, or with the validation data, is
-    found here and not after the first thousand steps. Raises ConfigError, DataError, on every rank.
-    Collective."""
-
-    def open_own() -> TrainLoader:
-        if recipe.data.val is not None:
-            check_validation(recipe)
-        loader = TrainLoader(
-            recipe.data, preprocess=preprocess, batch_size=recipe.train.batch_size, world=world,
-            seed=recipe.seed, quarantine_path=recipe.run.dir / QUARANTINE_FILE,
-        )  # fmt: skip
-        if resume_from is not None:
-            loader.check_state(resume_from.order)
-        return loader
-
-    loader = world.together(open_own)
-    for rank, state in enumerate(world.gather_objects(loader.state())):
-        if state != loader.state():
-            raise DataError(
-                f"data.train: rank {rank} sees other shards than rank {world.rank}; give every machine the "
-                "same ones"
-            )
-    return loader
-
-
-def check_validation(recipe: Recipe) -> None:
-    """Raises DataError where data.val cannot be read, ConfigError for an eval.best_metric that validation
-    does not give, and for templates or class names that cannot be read."""
-    load_templates(recipe.eval.templates)
-    metric, possible = recipe.eval.best_metric, possible_metrics(recipe)
-    if metric is not None and metric not in possible:
-        near = difflib.get_close_matches(metric, possible, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(
-            f"eval.best_metric = {metric!r}: {hint}Validation on data.val can give {', '.join(possible)}"
-        )
 
 
 def newest_good(folder: Path, reason: str) -> Path:

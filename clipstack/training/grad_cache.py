@@ -1,4 +1,4 @@
-"""How a rank's share of the batch passes through the towers: all at once, or in micro-batches with exact
+"""GradCache: a rank's share of the batch through the towers, all at once or in micro-batches with exact
 gradients.
 
 Adding up the losses of micro-batches would not give the loss of the batch: each would know only its own
@@ -54,7 +54,7 @@ class Passes(Protocol):
 def make_passes(encode: Encode, backward: Backward, *, share: int, micro_batch_size: int | None) -> Passes:
     if micro_batch_size is None or micro_batch_size == share:
         return OnePass(encode, backward)
-    return CachedPasses(encode, backward, micro_batch_size)
+    return GradCache(encode, backward, micro_batch_size)
 
 
 class OnePass:
@@ -70,8 +70,8 @@ class OnePass:
         self._backward(loss)
 
 
-class CachedPasses:
-    """GradCache: a micro-batch at a time, with the gradients of the whole share at once."""
+class GradCache:
+    """A micro-batch at a time, with the gradients of the whole share at once."""
 
     def __init__(self, encode: Encode, backward: Backward, micro_batch_size: int) -> None:
         self._encode, self._backward, self._size = encode, backward, micro_batch_size
@@ -100,8 +100,7 @@ class CachedPasses:
             again = self._encode(part)
             surrogate = (again.image * _grad(images)[rows]).sum() + (again.text * _grad(texts)[rows]).sum()
             # The scale and the bias have the whole loss's gradient already: it counts once, not once a part.
-            # The other
-            # parts give zero, since ZeRO expects every parameter in every pass.
+            # The other parts give zero, since ZeRO expects every parameter in every pass.
             counts = float(i == 0)
             surrogate = surrogate + again.logit_scale * _grad(self._leaves.logit_scale) * counts
             if again.logit_bias is not None and self._leaves.logit_bias is not None:

@@ -7,8 +7,8 @@ import copy
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipstack.engine import Precision
 from clipstack.model import ClipModel
+from clipstack.training.precision import Precision
 from clipstack.world import World
 
 DENSE_BF16_FLOPS = {

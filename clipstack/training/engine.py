@@ -1,20 +1,15 @@
-"""DeepSpeed behind one small class: the only file that imports it. Sharding, precision, optimizer state."""
+"""DeepSpeed behind one small class: the only file that imports it."""
 
 from __future__ import annotations
 
-import json
 import os
 import socket
-import statistics
-import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 
@@ -37,20 +32,18 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from clipstack.config import OptimConfig, Recipe
-from clipstack.dropout import key_dropouts
-from clipstack.errors import ConfigError
+from clipstack.config import Recipe
 from clipstack.losses.types import Embeddings
-from clipstack.model import ClipModel, open_clip_weights, plain_weight
-from clipstack.separable import check_separable
+from clipstack.model import ClipModel, block_stacks, open_clip_weights, plain_weight
+from clipstack.training.deepspeed_config import deepspeed_config
+from clipstack.training.dropout import key_dropouts
+from clipstack.training.optimizer import make_optimizer
+from clipstack.training.separable import check_separable
 from clipstack.world import World, current_world
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 COMPILE_BACKEND = "inductor"
-Precision = Literal["fp32", "bf16"]
-# bf16 has to win clearly, so that two equal launches decide alike.
-BF16_MIN_SPEEDUP = 1.15
 
 
 def start_distributed(*, timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
@@ -371,280 +364,8 @@ def compile_blocks(model: ClipModel, *, zero_stage: int) -> None:
     and frees parameters, run outside; a block is one unit to them, since a compiled one cannot gather layer
     by layer.
     """
-    blocks = [block for stack in _block_lists(model).values() for block in stack] or [model.towers.visual]
+    blocks = [block for stack in block_stacks(model).values() for block in stack] or [model.towers.visual]
     if zero_stage == 3:
         set_z3_leaf_modules(model, list({type(block) for block in blocks}))
     for block in blocks:
         block.forward = torch.compile(block.forward, backend=COMPILE_BACKEND)
-
-
-def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
-    """The towers' stacks of transformer blocks, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential) and name.endswith(("resblocks", "blocks"))
-    }
-
-
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over the parameters that train, in groups by weight decay and learning-rate scale."""
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    depth = _Depth(model)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            key = (decays(name, parameter), config.layer_decay ** depth.below_output(name))
-            groups.setdefault(key, []).append(parameter)
-    if not groups:
-        raise ConfigError("model.lock_image, model.lock_text: nothing is left to train; unlock a tower")
-    return torch.optim.AdamW(
-        [
-            {"params": params, "weight_decay": config.weight_decay if decay else 0.0, "lr_scale": lr_scale}
-            for (decay, lr_scale), params in groups.items()
-        ],
-        lr=config.lr, betas=config.betas, eps=config.eps, fused=True,
-    )  # fmt: skip
-
-
-def decays(name: str, parameter: Tensor) -> bool:
-    """Weight decay is for matrices and filters: not for gains, biases, logit_scale, or embeddings of
-    position."""
-    is_position = "positional_embedding" in name or "pos_embed" in name or "class_embedding" in name
-    return parameter.ndim >= 2 and not is_position
-
-
-class _Depth:
-    """How many blocks lie between a parameter and its tower's output, for layer-wise learning-rate decay.
-
-    The input layers (embeddings, patch convolution) lie below all blocks; norms and projections after them
-    are depth 0.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._blocks = {name: len(stack) for name, stack in _block_lists(model).items()}
-
-    def below_output(self, name: str) -> int:
-        for blocks, count in self._blocks.items():
-            if name.startswith(f"{blocks}."):
-                return count - 1 - int(name[len(blocks) + 1 :].split(".")[0])
-        is_input = any(
-            part in name
-            for part in ("conv1", "class_embedding", "pos", "token_embedding", "patch_embed", "ln_pre")
-        )
-        if not is_input or not self._blocks:
-            return 0
-        tower_blocks = [
-            n for b, n in self._blocks.items() if (".visual." in f".{b}") == (".visual." in f".{name}")
-        ]
-        return max(tower_blocks, default=0)
-
-
-def faster_precision(
-    model: ClipModel, device: torch.device, *, batch_size: int = 8, rounds: int = 5
-) -> Precision:
-    """fp32 or bf16 autocast, whichever is measured to be faster for a forward and backward pass of this
-    model.
-
-    Flags do not tell: CPUs that list bf16 instructions can be slower with them. The medians of alternating
-    rounds decide.
-    """
-    size = model.record.preprocess_cfg["size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    images = torch.zeros(batch_size, 3, height, width, device=device)
-    tokens = torch.ones(batch_size, model.record.context_length, dtype=torch.int64, device=device)
-    seconds: dict[Precision, list[float]] = {"fp32": [], "bf16": []}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for _ in range(rounds + 1):
-            for precision, timings in seconds.items():
-                timings.append(_time_pass(model, images, tokens, precision))
-    model.zero_grad(set_to_none=True)
-    fp32, bf16 = (statistics.median(seconds[p][1:]) for p in ("fp32", "bf16"))  # the first round warms up
-    return "bf16" if fp32 / bf16 >= BF16_MIN_SPEEDUP else "fp32"
-
-
-def _time_pass(model: ClipModel, images: Tensor, tokens: Tensor, precision: Precision) -> float:
-    _wait_for(images.device)
-    start = time.perf_counter()
-    with autocast(images.device, precision):
-        embeddings = model(images, tokens)
-    (embeddings.image * embeddings.text).sum().backward()
-    _wait_for(images.device)
-    return time.perf_counter() - start
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
-def read_user_config(path: Path | None) -> dict[str, Any]:
-    """A DeepSpeed JSON given by the user. Raises ConfigError."""
-    if path is None:
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"--deepspeed_config {path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--deepspeed_config {path}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(
-            f"--deepspeed_config {path}: must hold a JSON object, not a {type(config).__name__}"
-        )
-    return config
-
-
-def deepspeed_config(
-    recipe: Recipe, *, world_size: int, precision: Precision, user_config: Mapping[str, Any]
-) -> dict[str, Any]:
-    """DeepSpeed's whole configuration. The recipe owns batch, optimizer and schedule; the user's JSON, where
-    given, owns sharding and precision; its "auto" values are filled from the recipe. Raises ConfigError for a
-    disagreement, by name.
-    """
-    owned = _owned_by_recipe(recipe, world_size)
-    _refuse_disagreements(user_config, owned, recipe)
-    theirs = {
-        k: v
-        for k, v in user_config.items()
-        if k not in owned and k not in ("optimizer", "scheduler", "bf16", "fp16")
-    }
-    config = {**_defaults(recipe, precision), **theirs, **owned}
-    if _enabled(user_config, "bf16"):
-        # bf16.enabled would keep the temperature itself in bf16; autocast computes the same products and
-        # keeps it in fp32.
-        config["torch_autocast"] = _autocast_table("bf16")
-    for name in ("zero_optimization", "torch_autocast"):
-        config[name] = _filled(config[name], _defaults(recipe, precision)[name], name)
-    for key in _autos(config):
-        raise ConfigError(
-            f'--deepspeed_config: {key} = "auto": the recipe has no value for it; give one or remove the key'
-        )
-    return config
-
-
-def _filled(given: Any, ours: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A table of the user's, with our values where it has none or "auto"."""
-    if given == "auto":
-        return dict(ours)
-    if not isinstance(given, Mapping):
-        raise ConfigError(
-            f"--deepspeed_config: {name} = {given!r}: must be a JSON object; remove it or fix it"
-        )
-    return {**ours, **{key: value for key, value in given.items() if value != "auto" or key not in ours}}
-
-
-def user_precision(user_config: Mapping[str, Any]) -> Precision | None:
-    """The precision that the user's JSON decides, or None where it leaves it open."""
-    tables = [_user_table(user_config, key) for key in ("torch_autocast", "bf16")]
-    decided = [table["enabled"] for table in tables if table.get("enabled", "auto") != "auto"]
-    return None if not decided else "bf16" if any(decided) else "fp32"
-
-
-def _owned_by_recipe(recipe: Recipe, world_size: int) -> dict[str, Any]:
-    share = recipe.train.batch_size // world_size
-    micro = recipe.train.micro_batch_size or share
-    return {
-        "train_batch_size": recipe.train.batch_size,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": share // micro,
-        "gradient_clipping": recipe.optim.grad_clip_norm,
-    }
-
-
-def _refuse_disagreements(user_config: Mapping[str, Any], owned: Mapping[str, Any], recipe: Recipe) -> None:
-    names = {
-        "train_batch_size": "train.batch_size",
-        "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-        "gradient_accumulation_steps": "train.micro_batch_size",
-        "gradient_clipping": "optim.grad_clip_norm",
-    }
-    for key, value in owned.items():
-        given = user_config.get(key, "auto")
-        if given not in ("auto", value):
-            raise ConfigError(
-                f"--deepspeed_config: {key} = {given!r} disagrees with the recipe's {value!r}; "
-                f'set it to "auto" and use {names[key]}'
-            )
-    optimizer = _user_table(user_config, "optimizer")
-    if optimizer.get("type", "AdamW").lower() not in ("adam", "adamw", "auto"):
-        raise ConfigError(
-            f"--deepspeed_config: optimizer.type = {optimizer['type']!r}: the recipe's optimizer is AdamW; "
-            "remove it"
-        )
-    expected = {"lr": recipe.optim.lr, "betas": list(recipe.optim.betas), "eps": recipe.optim.eps,
-                "weight_decay": recipe.optim.weight_decay}  # fmt: skip
-    for key, value in expected.items():
-        given = _user_table(optimizer, "params", inside="optimizer.").get(key, "auto")
-        if given not in ("auto", value):
-            raise ConfigError(
-                f"--deepspeed_config: optimizer.params.{key} = {given!r} disagrees with the recipe's "
-                f"optim.{key} = {value!r}; "
-                'set it to "auto"'
-            )
-    scheduler = _user_table(user_config, "scheduler")
-    for key, given in _user_table(scheduler, "params", inside="scheduler.").items():
-        if given != "auto":
-            raise ConfigError(
-                f"--deepspeed_config: scheduler.params.{key} = {given!r}: the schedule belongs to the "
-                "recipe; "
-                "remove it and use optim.schedule and optim.warmup_fraction"
-            )
-    dtype = _user_table(user_config, "torch_autocast").get("dtype", "auto")
-    if dtype not in ("auto", "bfloat16", "torch.bfloat16"):
-        raise ConfigError(
-            f"--deepspeed_config: torch_autocast.dtype = {dtype!r}: training computes in bfloat16 or "
-            'float32; set it to "bfloat16"'
-        )
-    if _enabled(user_config, "fp16"):
-        raise ConfigError(
-            "--deepspeed_config: fp16.enabled = true: fp16 would hold the temperature in fp16; use "
-            '"torch_autocast": {"enabled": true, "dtype": "bfloat16"}'
-        )
-
-
-def _user_table(config: Mapping[str, Any], key: str, *, inside: str = "") -> Mapping[str, Any]:
-    """A table of the user's; "auto" leaves all of it to the recipe. Raises ConfigError for anything else."""
-    table = config.get(key, "auto")
-    if table == "auto":
-        return {}
-    if not isinstance(table, Mapping):
-        raise ConfigError(
-            f"--deepspeed_config: {inside}{key} = {table!r}: must be a JSON object; remove it or fix it"
-        )
-    return table
-
-
-def _enabled(user_config: Mapping[str, Any], key: str) -> bool:
-    return _user_table(user_config, key).get("enabled") is True
-
-
-def _defaults(recipe: Recipe, precision: Precision) -> dict[str, Any]:
-    return {
-        "torch_autocast": _autocast_table(precision),
-        "zero_optimization": {
-            "stage": recipe.train.zero_stage,
-            "overlap_comm": torch.cuda.is_available() and recipe.train.zero_stage > 0,
-            # The default of 5e8 elements is a 2 GB buffer.
-            "reduce_bucket_size": 50_000_000,
-        },
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**31,
-        "wall_clock_breakdown": False,
-    }
-
-
-def _autocast_table(precision: Precision) -> dict[str, Any]:
-    # No "safe modules": DeepSpeed sums the gradients of those in bf16.
-    return {"enabled": precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []}
-
-
-def _autos(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _autos(value, f"{prefix}{key}.")
-        elif value == "auto":
-            yield f"{prefix}{key}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from clipstack.accumulation import CachedPasses, OnePass, Part, make_passes
 from clipstack.losses import build_objective
 from clipstack.losses.types import Embeddings
+from clipstack.training.grad_cache import GradCache, OnePass, Part, make_passes
 from clipstack.world import World
 
 
@@ -62,4 +62,4 @@ def test_no_pass_with_a_graph_is_larger_than_a_micro_batch() -> None:
 
 def test_a_micro_batch_of_the_whole_share_is_one_pass() -> None:
     assert isinstance(make_passes(Towers().encode, print, share=8, micro_batch_size=8), OnePass)
-    assert isinstance(make_passes(Towers().encode, print, share=8, micro_batch_size=4), CachedPasses)
+    assert isinstance(make_passes(Towers().encode, print, share=8, micro_batch_size=4), GradCache)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from clipstack.engine import Engine
+from clipstack.training.engine import Engine
 
 
-class MovingAverage:
+class ModelEma:
     """average <- d average + (1 - d) weights after each step, in fp32.
 
     d = min(decay, (1 + n) / (10 + n)) at step n, as in TensorFlow's ExponentialMovingAverage: early on, the
