@@ -42,7 +42,7 @@ from torchvision.transforms import Compose, InterpolationMode, Normalize, ToTens
 from torchvision.transforms import functional as F  # noqa: E402 # isort: skip
 
 from clipstack.config import AugmentConfig, DataConfig  # noqa: E402
-from clipstack.loader import TrainLoader  # noqa: E402
+from clipstack.loading.train_loader import TrainLoader  # noqa: E402
 from clipstack.preprocess import Preprocess  # noqa: E402
 from clipstack.world import World  # noqa: E402
 from data_pipelines.cli import main as data_command  # noqa: E402

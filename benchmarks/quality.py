@@ -245,7 +245,7 @@ def _train_peer(job: Job, folder: Path, args: argparse.Namespace) -> tuple[Ran, 
 def evaluate(task: Task, model: Path, folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Fractions by name; the same evaluator for all."""
     if task.data == "shapes":
-        from clipstack.demo import examine
+        from clipstack.demo.examination import examine
 
         return {name: score.accuracy for name, score in examine(model, args.data_dir).scores.items()}
     out = folder / "eval.json"

@@ -24,12 +24,14 @@ class Command:
 
 
 COMMANDS = {
-    "demo": Command("clipstack.demo", "make a small data set, train, evaluate and report, on a laptop CPU"),
+    "demo": Command(
+        "clipstack.demo.command", "make a small data set, train, evaluate and report, on a laptop CPU"
+    ),
     "train": Command(
         "clipstack.train", "train from a recipe (one process, or under torchrun)", parses_itself=True
     ),
     "eval": Command("clipstack.evaluate", "zero-shot classification and retrieval of any model"),
-    "export": Command("clipstack.export_cli", "write a run's model as a folder that open_clip loads"),
+    "export": Command("clipstack.export", "write a run's model as a folder that open_clip loads"),
     "embed": Command("clipstack.embed", "bulk embeddings of shards"),
     "serve": Command("serve.cli", "serve a model over REST"),
     "compare": Command("clipstack.compare", "two evaluations side by side, with significance"),

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clipstack.errors import ConfigError
-from clipstack.eval_report import check_writable, read_json, write_object
-from clipstack.intervals import bootstrap, class_means, percentile_interval, two_sided_p
+from clipstack.evaluation.intervals import bootstrap, class_means, percentile_interval, two_sided_p
+from clipstack.evaluation.report import check_writable, read_json, write_object
 
 Int64 = npt.NDArray[np.int64]
 Evaluation = Mapping[str, Any]

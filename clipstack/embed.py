@@ -27,15 +27,14 @@ import torch
 from clipstack.checkpoint import load_model
 from clipstack.config import DataConfig
 from clipstack.errors import ConfigError, DataError, ShardError
-from clipstack.eval_data import by_number
-from clipstack.eval_tasks import Setup, caption_lines
-from clipstack.evaluate import add_model_arguments
-from clipstack.features import encode_tokens
+from clipstack.evaluation.arguments import add_model_arguments
+from clipstack.evaluation.data import by_number
+from clipstack.evaluation.features import encode_tokens
+from clipstack.evaluation.task import Setup, caption_lines
 from clipstack.files import write_text
-from clipstack.launch import joined_world
-from clipstack.loader import EvalBatch, EvalLoader, ShardSamples
+from clipstack.loading.eval_loader import EvalBatch, EvalLoader, ShardSamples
 from clipstack.stopping import STOPPED, StopRequest
-from clipstack.world import World
+from clipstack.world import World, joined_world
 from data_pipelines.files import replacing
 from data_pipelines.progress import Progress
 from data_pipelines.sources import ensure_summary, expand, shard_name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -11,20 +10,17 @@ import torch
 
 from clipstack.checkpoint import LoadedModel, load_model
 from clipstack.errors import ConfigError
-from clipstack.eval_data import Captions, EvalData, open_eval_data
-from clipstack.eval_page import write_page
-from clipstack.eval_report import Report, check_writable, table, write_json
-from clipstack.eval_tasks import (
-    Prompts,
-    Setup,
-    compositional_report,
-    probe_report,
-    retrieval_report,
-    zero_shot_report,
-)
-from clipstack.launch import joined_world
+from clipstack.evaluation.arguments import add_model_arguments, positive, positive_real
+from clipstack.evaluation.compositional_task import compositional_report
+from clipstack.evaluation.data import Captions, EvalData, open_eval_data
+from clipstack.evaluation.page import write_page
+from clipstack.evaluation.probe_task import probe_report
+from clipstack.evaluation.report import Report, check_writable, table, write_json
+from clipstack.evaluation.retrieval_task import retrieval_report
+from clipstack.evaluation.task import Setup
+from clipstack.evaluation.zero_shot_task import Prompts, zero_shot_report
 from clipstack.templates import load_templates
-from clipstack.world import World
+from clipstack.world import World, joined_world
 
 TASKS = ("zeroshot", "retrieval", "probe", "compositional")
 DEFAULT_TEMPLATES = "simple"
@@ -51,29 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classnames", type=Path, metavar="FILE", help="class names, line k for class k-1")
     parser.add_argument("--split", default="test", help="folder of a CLIP_benchmark data set (default: test)")
     parser.add_argument("--train-data", metavar="PATH", help="probe: labelled data to learn from")
-    parser.add_argument("--neighbours", type=_positive, default=20, help="probe: k of k-NN (default: 20)")
+    parser.add_argument("--neighbours", type=positive, default=20, help="probe: k of k-NN (default: 20)")
     parser.add_argument(
         "--inverse-penalty",
-        type=_positive_real,
+        type=positive_real,
         default=0.316,
         help="probe: scikit-learn's C (default: 0.316)",
     )
     parser.add_argument("--images", type=Path, metavar="DIR", help="compositional: folder of the images")
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command that runs a model over data takes."""
-    parser.add_argument("--model", required=True, metavar="M", help="run, exported folder or open_clip name")
-    parser.add_argument(
-        "--pretrained", metavar="TAG|FILE", help="weights of an open_clip name: its tag or a file"
-    )
-    parser.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
-    parser.add_argument("--batch-size", type=_positive, default=64, help="images at once (default: 64)")
-    parser.add_argument(
-        "--workers", type=_not_negative, default=2, help="loader processes a rank (default: 2)"
-    )
-    # Launchers add it; the environment says the same.
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -130,27 +111,6 @@ def _warn_of_random_weights(loaded: LoadedModel, world: World) -> None:
             f"warning: --model {loaded.name} without --pretrained has random weights: expect chance",
             file=sys.stderr,
         )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be 1 or more")
-    return value
-
-
-def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value}: must be 0 or more")
-    return value
-
-
-def _positive_real(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{value}: must be above 0")
-    return value
 
 
 if __name__ == "__main__":  # deepspeed --module clipstack.evaluate ...

@@ -14,9 +14,10 @@ PACKAGES = ("clipstack", "serve", "data_pipelines")
 LAYERS = (
     {"errors", "config", "world"},
     {"model", "losses", "preprocess"},
-    {"checkpoint", "loader", "zero_shot", "retrieval"},
-    {"training", "evaluate"},
-    {"train", "cli"},
+    {"checkpoint", "loading", "zero_shot", "retrieval"},
+    {"evaluation"},
+    {"training", "evaluate", "embed"},
+    {"train", "demo", "cli"},
 )
 SERVE_MAY_USE = {"checkpoint", "model", "preprocess", "zero_shot", "errors", "templates"}
 

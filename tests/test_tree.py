@@ -9,7 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
-    "clipstack", "clipstack/losses", "clipstack/training",
+    "clipstack", "clipstack/demo", "clipstack/evaluation", "clipstack/loading", "clipstack/losses",
+    "clipstack/training",
     "data_pipelines", "serve", "benchmarks", "docker", "examples",
 )  # fmt: skip
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from clipstack.config import Recipe
-from clipstack.loader import Batch, TrainLoader
+from clipstack.loading.train_loader import Batch, TrainLoader
 from clipstack.model import ClipModel
 from clipstack.preprocess import Preprocess
 from clipstack.training.deepspeed_config import deepspeed_config

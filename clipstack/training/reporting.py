@@ -89,7 +89,7 @@ class Reporter:
         else:
             print(line, file=sys.stderr, flush=True)
 
-    def append_line(self, name: str, values: Mapping[str, Any]) -> None:
+    def _append(self, name: str, values: Mapping[str, Any]) -> None:
         self._pending.append((self._run_dir / name, values))
         self.write_pending()
 

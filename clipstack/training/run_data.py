@@ -7,7 +7,7 @@ import difflib
 from clipstack.checkpoint import Snapshot
 from clipstack.config import DataConfig, Recipe
 from clipstack.errors import ConfigError, DataError
-from clipstack.loader import TrainLoader
+from clipstack.loading.train_loader import TrainLoader
 from clipstack.preprocess import Preprocess
 from clipstack.run_log import QUARANTINE_FILE
 from clipstack.templates import load_templates

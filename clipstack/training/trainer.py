@@ -25,7 +25,7 @@ from clipstack.checkpoint import (
 )
 from clipstack.config import OptimConfig, Recipe, to_toml
 from clipstack.errors import ConfigError, DivergenceError
-from clipstack.loader import Batch, TrainLoader
+from clipstack.loading.train_loader import Batch, TrainLoader
 from clipstack.losses import build_objective
 from clipstack.losses.inputs import NonFiniteError
 from clipstack.losses.types import Embeddings, LossOutput

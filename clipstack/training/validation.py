@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipstack.config import Recipe
-from clipstack.eval_data import find_classnames, folders_beside
-from clipstack.eval_tasks import caption_lines
-from clipstack.features import Encoder, Features, encode_all, encode_tokens, logit_scale_of
-from clipstack.loader import EvalLoader, ShardSamples
+from clipstack.evaluation.data import find_classnames, folders_beside
+from clipstack.evaluation.features import Encoder, Features, encode_all, encode_tokens, logit_scale_of
+from clipstack.evaluation.task import caption_lines
+from clipstack.loading.eval_loader import EvalLoader, ShardSamples
 from clipstack.preprocess import Preprocess
 from clipstack.retrieval import RETRIEVAL_METRICS, retrieval_metrics, retrieval_ranks
 from clipstack.templates import load_templates

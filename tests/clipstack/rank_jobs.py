@@ -26,7 +26,7 @@ from clipstack import model as model_module
 from clipstack import run_log, train
 from clipstack.config import ModelConfig, Recipe, load_recipe, parse_recipe
 from clipstack.errors import ConfigError
-from clipstack.loader import Batch, TrainLoader
+from clipstack.loading.train_loader import Batch, TrainLoader
 from clipstack.losses import build_objective
 from clipstack.losses.types import Embeddings, LossOutput
 from clipstack.model import ClipModel, build_model, make_record

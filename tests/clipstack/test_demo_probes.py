@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipstack.config import load_recipe
-from clipstack.demo import as_table
-from clipstack.demo_page import Examined, write_page
-from clipstack.demo_probes import (
+from clipstack.demo.command import as_table
+from clipstack.demo.page import Examined, write_page
+from clipstack.demo.probes import (
     Probe,
     ProbeSet,
     Score,

@@ -17,7 +17,8 @@ import webdataset
 from PIL import Image
 
 from clipstack.config import DataConfig
-from clipstack.loader import EvalLoader, TrainLoader
+from clipstack.loading.eval_loader import EvalLoader
+from clipstack.loading.train_loader import TrainLoader
 from clipstack.preprocess import Preprocess
 from clipstack.world import World
 from data_pipelines.index import Sample, write_shard
@@ -127,7 +128,7 @@ def test_clip_benchmark_folders_are_read_unchanged(tmp_path: Path) -> None:
                 buffer = io.BytesIO()
                 Image.open(io.BytesIO(jpeg(i))).save(buffer, "WEBP", lossless=True)
                 add(tar, f"s{shard * 5 + i:07}.webp", buffer.getvalue())
-    from clipstack.loader import ShardSamples
+    from clipstack.loading.eval_loader import ShardSamples
 
     samples = ShardSamples((str(split),), DataConfig(train="."), captions="ignored")
     source = EvalLoader(samples, preprocess=PREPROCESS, batch_size=4, world=World(), workers=0)

@@ -26,9 +26,10 @@ from PIL import Image
 
 from clipstack.config import AugmentConfig, DataConfig, SourceConfig
 from clipstack.errors import ConfigError, DataError, WorkerError
-from clipstack.loader import Batch, EvalLoader, TrainLoader
+from clipstack.loading.eval_loader import EvalLoader
+from clipstack.loading.train_loader import Batch, TrainLoader
+from clipstack.loading.unindexed import UnindexedWarning
 from clipstack.preprocess import Preprocess
-from clipstack.unindexed import UnindexedWarning
 from clipstack.world import World
 from data_pipelines.index import Sample, load_index, write_shard
 
@@ -305,7 +306,7 @@ def test_workers_end_with_their_parent(shards: Path) -> None:
         import sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})
         import os, signal
         from clipstack.config import DataConfig
-        from clipstack.loader import TrainLoader
+        from clipstack.loading.train_loader import TrainLoader
         from clipstack.preprocess import Preprocess
         from clipstack.world import World
         pre = Preprocess(image_size=(16, 16), mean=(0.5,) * 3, std=(0.25,) * 3, context_length=12)

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from clipstack.config import AugmentConfig, DataConfig
-from clipstack.loader import TrainLoader
+from clipstack.loading.train_loader import TrainLoader
 from clipstack.preprocess import Preprocess
 from clipstack.world import World
 from data_pipelines.cli import main

@@ -11,7 +11,7 @@ import pytest
 
 from clipstack.cli import main
 from clipstack.compare import Row, compare
-from clipstack.eval_report import Report, Skipped, Source, read_json, write_json
+from clipstack.evaluation.report import Report, Skipped, Source, read_json, write_json
 
 
 def report(hits: np.ndarray, *, model: str, data: str = "d", label: np.ndarray | None = None) -> Report:

@@ -16,9 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from clipstack import embed, eval_data
+from clipstack import embed
 from clipstack.checkpoint import load_model
 from clipstack.cli import main
+from clipstack.evaluation import data as eval_data
 from data_pipelines.index import Sample, write_shard
 from data_pipelines.sources import expand
 from tests.clipstack.evaluation.conftest import NUM_SAMPLES, SHARD_SIZES, captions, png

@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 from clipstack.checkpoint import load_model
 from clipstack.cli import main
 from clipstack.config import parse_recipe
-from clipstack.eval_data import TreeSamples
+from clipstack.evaluation.data import TreeSamples
 from clipstack.training.validation import validate
 from clipstack.world import World
 from tests.clipstack.evaluation.conftest import COLOURS, MODEL, NUM_SAMPLES, TEMPLATES, png

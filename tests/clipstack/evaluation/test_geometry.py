@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from clipstack.geometry import alignment, modality_gap, uniformity
+from clipstack.evaluation.geometry import alignment, modality_gap, uniformity
 
 
 def test_they_equal_their_definitions() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from clipstack.intervals import (
+from clipstack.evaluation.intervals import (
     bootstrap,
     class_means,
     clusters,

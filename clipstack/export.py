@@ -31,7 +31,7 @@ def loading_code(folder: Path) -> str:
 def run(args: argparse.Namespace) -> int:
     """`clipstack export`. Raises ClipstackError."""
     from clipstack.checkpoint import export_model, load_model
-    from clipstack.eval_report import read_json
+    from clipstack.evaluation.report import read_json
     from clipstack.onnx_export import export_onnx
 
     evaluations = [read_json(file) for file in args.evaluation]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import signal
 import subprocess
@@ -17,14 +16,9 @@ from clipstack.config import load_recipe
 from clipstack.recipes import shipped_recipes
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from clipstack.checkpoint import LoadedModel
-    from clipstack.demo_page import Examined, Example
-    from clipstack.demo_probes import Score
+    from clipstack.demo.probes import Score
 
 NUM_TEST = 1000
-NUM_EXAMPLES = 24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     minutes = (time.monotonic() - started) / 60
 
     _say(3, "Examining the model on pictures whose colour and shape never met in training")
-    from clipstack.demo_page import write_page
+    from clipstack.demo.examination import examine
+    from clipstack.demo.page import write_page
 
     examined = examine(run_dir / "export", data)
     print(as_table(examined.scores))
@@ -115,7 +110,7 @@ def _train(config: Path, overrides: Sequence[str], ranks: int) -> int:
     import torch
 
     launcher = Path(sys.executable).with_name("deepspeed")
-    script = Path(__file__).resolve().with_name("train.py")
+    script = Path(__file__).resolve().parents[1] / "train.py"
     threads = max(1, (os.cpu_count() or 1) // ranks)
     quiet = (
         {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
@@ -137,93 +132,9 @@ def _train(config: Path, overrides: Sequence[str], ranks: int) -> int:
             signal.signal(number, handler)
 
 
-def examine(model_folder: Path, data: Path) -> Examined:
-    """Encode the two test splits and every probed text, and ask every probe."""
-    import torch
-
-    from clipstack.checkpoint import load_model
-    from clipstack.demo_page import Examined
-    from clipstack.demo_probes import demo_scores, read_probe_set
-
-    loaded = load_model(model_folder)
-    probe_set = read_probe_set(data)
-    with torch.inference_mode():
-        texts = _encode_texts(loaded, probe_set.texts())
-        singles, _ = _encode_images(loaded, data / "single-*.tar")
-        doubles, pixels = _encode_images(loaded, data / "test-*.tar")
-    scores = demo_scores({**singles, **doubles}, texts, probe_set)
-    truth = {probe.image: probe.caption for probe in probe_set.probes}
-    return Examined(scores, len(truth), _examples(doubles, pixels, texts, truth))
-
-
-def _encode_texts(loaded: LoadedModel, texts: Sequence[str]) -> dict[str, Tensor]:
-    """text -> (D,) unit-norm"""
-    features: dict[str, Tensor] = {}
-    for start in range(0, len(texts), 512):
-        part = texts[start : start + 512]
-        tokens = loaded.model.trim_tokens(loaded.preprocess.tokenize(part))
-        features |= dict(zip(part, loaded.model.encode_text(tokens), strict=True))
-    return features
-
-
-def _encode_images(loaded: LoadedModel, shards: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """key -> (D,) unit-norm, and key -> (3, H, W) uint8. Keys as the probe files write them, without the
-    shard."""
-    from clipstack.config import DataConfig
-    from clipstack.loader import EvalLoader, ShardSamples
-    from clipstack.world import World
-
-    config = DataConfig(train=str(shards), workers=0)
-    loader = EvalLoader(
-        ShardSamples([str(shards)], config),
-        config=config,
-        preprocess=loaded.preprocess,
-        batch_size=250,
-        world=World(),
-    )
-    features: dict[str, Tensor] = {}
-    pixels: dict[str, Tensor] = {}
-    for batch in loader:
-        keys = [
-            key.rsplit("/", 1)[1] for key, used in zip(batch.keys, batch.mask.tolist(), strict=True) if used
-        ]
-        images = batch.images[batch.mask]
-        encoded = loaded.model.encode_image(loaded.preprocess.normalize(images))
-        features |= dict(zip(keys, encoded, strict=True))
-        pixels |= dict(zip(keys, images, strict=True))
-    return features, pixels
-
-
-def _examples(
-    images: Mapping[str, Tensor],
-    pixels: Mapping[str, Tensor],
-    texts: Mapping[str, Tensor],
-    truth: Mapping[str, str],
-) -> list[Example]:
-    """The first test pictures, each with the caption that it is closest to."""
-    import torch
-
-    from clipstack.demo_page import Example
-
-    captions = list(truth.values())
-    gallery = torch.stack([texts[caption] for caption in captions])  # (N, D)
-    return [
-        Example(_png(pixels[key]), captions[int((gallery @ images[key]).argmax())], truth[key])
-        for key in list(truth)[:NUM_EXAMPLES]
-    ]
-
-
-def _png(pixels: Tensor) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def as_table(scores: Mapping[str, Score]) -> str:
     """Every score beside chance, for the terminal."""
-    from clipstack.demo_page import MEANING
+    from clipstack.demo.page import MEANING
 
     lines = [f"\n   {'':18}{'accuracy':>9}{'chance':>9}"]
     for name, score in scores.items():

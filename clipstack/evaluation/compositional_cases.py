@@ -1,4 +1,4 @@
-"""Compositional probes: is an image closer to its caption than to the same caption with words swapped?
+"""The files of compositional probes: an image, its caption, and the same caption with words swapped.
 
 Reads JSON lines, SugarCrepe's files (https://arxiv.org/abs/2306.14610) and ARO's
 (https://arxiv.org/abs/2210.01936) as they are.

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clipstack.loader import EvalBatch
+from clipstack.loading.eval_loader import EvalBatch
 from clipstack.losses.types import Embeddings
 from clipstack.preprocess import Preprocess
 from clipstack.world import World

@@ -8,9 +8,9 @@ from html import escape
 from pathlib import Path
 
 from clipstack.errors import DataError, SampleError, ShardError
-from clipstack.eval_report import Example, Report
+from clipstack.evaluation.report import Example, Report
 from clipstack.files import write_text
-from clipstack.loader import EvalSamples
+from clipstack.loading.eval_loader import EvalSamples
 from data_pipelines.images import open_image
 from data_pipelines.page import document, number_card, thumbnail
 

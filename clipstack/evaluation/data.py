@@ -10,7 +10,7 @@ from typing import Literal
 
 from clipstack.config import DataConfig
 from clipstack.errors import ConfigError, DataError, SampleError, ShardError
-from clipstack.loader import EvalSamples, ShardSamples
+from clipstack.loading.eval_loader import EvalSamples, ShardSamples
 from clipstack.templates import check_template, read_lines
 from data_pipelines.images import MAX_IMAGE_PIXELS
 from data_pipelines.index import IMAGE_EXTENSIONS

@@ -1,0 +1,42 @@
+"""The arguments of every command that runs a model over data."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command that runs a model over data takes."""
+    parser.add_argument("--model", required=True, metavar="M", help="run, exported folder or open_clip name")
+    parser.add_argument(
+        "--pretrained", metavar="TAG|FILE", help="weights of an open_clip name: its tag or a file"
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
+    parser.add_argument("--batch-size", type=positive, default=64, help="images at once (default: 64)")
+    parser.add_argument(
+        "--workers", type=not_negative, default=2, help="loader processes a rank (default: 2)"
+    )
+    # Launchers add it; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: must be 1 or more")
+    return value
+
+
+def not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value}: must be 0 or more")
+    return value
+
+
+def positive_real(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{value}: must be above 0")
+    return value
