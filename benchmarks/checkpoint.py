@@ -22,7 +22,7 @@ from clipstack.training.engine import Engine, start_distributed, stop_distribute
 
 import torch  # isort: skip
 
-from clipstack.checkpoint import Snapshot, save_snapshot
+from clipstack.checkpoint.snapshot import Snapshot, save_snapshot
 from clipstack.model import build_model
 
 

@@ -31,8 +31,8 @@ def loading_code(folder: Path) -> str:
 def run(args: argparse.Namespace) -> int:
     """`clipstack export`. Raises ClipstackError."""
     from clipstack.checkpoint import export_model, load_model
+    from clipstack.checkpoint.onnx_export import export_onnx
     from clipstack.evaluation.report import read_json
-    from clipstack.onnx_export import export_onnx
 
     evaluations = [read_json(file) for file in args.evaluation]
     print(export_model(args.model, args.output, evaluations=evaluations))

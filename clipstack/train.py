@@ -94,7 +94,8 @@ def _build(recipe: Recipe, args: argparse.Namespace, stop: StopRequest, held: Ex
     from clipstack.training.flops import peak_seconds_per_sample
     from clipstack.training.precision import resolve_precision
     from clipstack.training.run_data import find_data, open_data
-    from clipstack.training.run_folder import RunLock, prepare, write_recipe
+    from clipstack.training.run_folder import prepare, write_recipe
+    from clipstack.training.run_lock import RunLock
 
     user_config = read_user_config(args.deepspeed_config)
     world = start_distributed(timeout=timedelta(seconds=recipe.train.collective_timeout_s))

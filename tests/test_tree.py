@@ -9,10 +9,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
-    "clipstack", "clipstack/demo", "clipstack/evaluation", "clipstack/loading", "clipstack/losses",
-    "clipstack/training",
-    "data_pipelines", "serve", "benchmarks", "docker", "examples",
-)  # fmt: skip
+    *("clipstack", "clipstack/checkpoint", "clipstack/demo", "clipstack/evaluation", "clipstack/loading"),
+    *("clipstack/losses", "clipstack/training", "data_pipelines"),
+    *("serve", "benchmarks", "docker", "examples"),
+)
 
 
 def first_sentence(path: Path) -> str:

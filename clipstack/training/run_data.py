@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from clipstack.checkpoint import Snapshot
+from clipstack.checkpoint.snapshot import Snapshot
 from clipstack.config import DataConfig, Recipe
 from clipstack.errors import ConfigError, DataError
 from clipstack.loading.train_loader import TrainLoader

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
-import sys
-import time
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipstack.checkpoint import (
-    CHECKPOINTS,
-    RECIPE_FILE,
-    Snapshot,
-    checkpoints,
-    finish_replacements,
-    is_finished,
-    load_snapshot,
-    newest_sound,
-)
+from clipstack.checkpoint.folder import checkpoints, finish_replacements, newest_sound
+from clipstack.checkpoint.layout import CHECKPOINTS, RECIPE_FILE
+from clipstack.checkpoint.snapshot import Snapshot, load_snapshot
+from clipstack.checkpoint.weights import is_finished
 from clipstack.config import Recipe, parse_recipe, to_toml
 from clipstack.errors import CheckpointError, ConfigError
 from clipstack.files import write_text
 from clipstack.model import ClipModel, load_open_clip_weights
 from clipstack.training.precision import with_precision
+from clipstack.training.run_lock import make_folder, unwritable
 
 FIXED_KEYS = (
     "seed", "model", "objective", "optim", "data.caption", "data.lanes", "data.window_shards",
@@ -37,10 +27,6 @@ FIXED_KEYS = (
 shards that count, not the path: see `TrainLoader.check_state`."""
 FREE_KEYS = ("model.grad_checkpointing", "model.compile", "model.pretrained")
 """How it is computed, or what a resumed run does not read."""
-LOCK_FILE = ".lock"
-LOCK_WAIT_S = 30.0
-"""The ranks of a launch whose launcher was killed still save; the same command may be given meanwhile."""
-LOCK_POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -64,87 +50,12 @@ class Plan:
         return snapshot
 
 
-class RunLock:
-    """Keeps a second launch out of a run folder: an flock on RUN/.lock, which the kernel drops when the
-    process that holds it ends, however it ends. One process of a launch takes it."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
-        self._file: int | None = None
-
-    def take(self, *, at_most_s: float) -> None:
-        """Wait a little for the ranks of a launch that is ending. Raises ConfigError for one that is not."""
-        make_folder(self._run_dir, self._run_dir)
-        try:
-            self._file = os.open(self._run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise _unwritable(self._run_dir, error) from error
-        os.register_at_fork(after_in_child=self.release)  # loader workers must not hold it for us
-        give_up = time.monotonic() + min(LOCK_WAIT_S, at_most_s)
-        said = False
-        while not self._is_taken():
-            if time.monotonic() >= give_up:
-                raise ConfigError(
-                    f"run.dir = {str(self._run_dir)!r}: another launch is training in this folder (it holds "
-                    f"{LOCK_FILE}); wait for it, stop it, or choose another folder"
-                )
-            if not said:
-                print(f"{self._run_dir}: waiting for another launch to leave it", file=sys.stderr, flush=True)
-                said = True
-            time.sleep(LOCK_POLL_S)
-
-    def _is_taken(self) -> bool:
-        assert self._file is not None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise _unwritable(self._run_dir, error) from error
-            print(
-                f"{self._run_dir}: its file system knows no locks ({error.strerror}); nothing keeps a second "
-                "launch out",
-                file=sys.stderr,
-                flush=True,
-            )
-        return True
-
-    def release(self) -> None:
-        """In a forked child this lets go of the child's copy only."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-
-    def __enter__(self) -> RunLock:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.release()
-
-
-def make_folder(folder: Path, run_dir: Path) -> None:
-    """Raises ConfigError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"run.dir = {str(run_dir)!r}: cannot be made ({error}); choose another folder"
-        ) from error
-
-
 def write_recipe(recipe: Recipe) -> None:
     """Raises ConfigError."""
     try:
         write_text(recipe.run.dir / RECIPE_FILE, to_toml(recipe))
     except OSError as error:
-        raise _unwritable(recipe.run.dir, error) from error
-
-
-def _unwritable(run_dir: Path, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"run.dir = {str(run_dir)!r}: cannot be written ({error}); make room or choose another folder"
-    )
+        raise unwritable(recipe.run.dir, error) from error
 
 
 def prepare(recipe: Recipe, *, fresh: bool, dry_run: bool = False) -> Plan:

@@ -12,16 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
-from clipstack.checkpoint import (
-    Snapshot,
-    checkpoint_name,
-    drop_later,
-    prune,
-    read_progress,
-    remove_unfinished,
-    save_snapshot,
-    sound_checkpoints,
-)
+from clipstack.checkpoint.folder import drop_later, prune, remove_unfinished, sound_checkpoints
+from clipstack.checkpoint.layout import checkpoint_name
+from clipstack.checkpoint.snapshot import Snapshot, read_progress, save_snapshot
 from clipstack.config import CheckpointConfig
 from clipstack.errors import CheckpointError
 from clipstack.training.guard import is_good

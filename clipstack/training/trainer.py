@@ -13,16 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipstack.checkpoint import (
-    CHECKPOINTS,
-    Snapshot,
-    checkpoint_name,
-    damage,
-    export_model,
-    load_snapshot,
-    read_progress,
-    sound_checkpoints,
-)
+from clipstack.checkpoint import export_model
+from clipstack.checkpoint.folder import sound_checkpoints
+from clipstack.checkpoint.layout import CHECKPOINTS, checkpoint_name
+from clipstack.checkpoint.manifest import damage
+from clipstack.checkpoint.snapshot import Snapshot, load_snapshot, read_progress
 from clipstack.config import OptimConfig, Recipe, to_toml
 from clipstack.errors import ConfigError, DivergenceError
 from clipstack.loading.train_loader import Batch, TrainLoader
@@ -345,7 +340,7 @@ class Training:
             max_logit_scale=self.engine.model.max_logit_scale,
             weights=weights,
             optimizer=self.engine.optimizer_state(),
-            average=None if self._ema is None else self._ema.weights(weights),
+            ema=None if self._ema is None else self._ema.weights(weights),
             objective=copied(self._objective.state_dict()),
             order=self._loader.state(),
             recipe_toml=to_toml(self.recipe),
@@ -364,8 +359,8 @@ class Training:
             **{**saved, "skipped_windows": [(low, high) for low, high in saved["skipped_windows"]]}
         )
         self._objective.load_state_dict(snapshot.objective)
-        if self._ema is not None and snapshot.average is not None:
-            self._ema.load_weights(snapshot.average)
+        if self._ema is not None and snapshot.ema is not None:
+            self._ema.load_weights(snapshot.ema)
 
     def roll_back(self, step: int, next_sample: int) -> None:
         """Go back to the newest checkpoint of good times, and leave out the data since. Raises

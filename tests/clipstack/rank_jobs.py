@@ -31,7 +31,7 @@ from clipstack.losses import build_objective
 from clipstack.losses.types import Embeddings, LossOutput
 from clipstack.model import ClipModel, build_model, make_record
 from clipstack.training import engine as engine_module
-from clipstack.training import run_data, run_folder, trainer
+from clipstack.training import run_data, run_lock, trainer
 from clipstack.training.dropout import key_dropouts, row_keys
 from clipstack.training.ema import ModelEma
 from clipstack.training.engine import Engine, StepResult, start_distributed
@@ -346,7 +346,7 @@ def train_with_the_last_rank_elsewhere(argv: Sequence[str]) -> int:
 
 def train_impatiently(argv: Sequence[str]) -> int:
     """The training command, which waits for another launch only shortly."""
-    run_folder.LOCK_WAIT_S = 0.5
+    run_lock.LOCK_WAIT_S = 0.5
     return train.main(argv)
 
 

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipstack.checkpoint import export_model, fingerprint_of, load_model
+from clipstack.checkpoint import export_model, load_model
+from clipstack.checkpoint.weights import fingerprint_of
 from clipstack.config import ModelConfig
 from clipstack.errors import CheckpointError, ConfigError
 from clipstack.model import build_model, named_pretrained, open_clip_weights
@@ -205,7 +206,7 @@ def test_a_card_shows_what_was_measured_of_these_weights_alone(tmp_path: Path) -
 
 def _save(run: Path, *, step: int) -> None:
     """A checkpoint of a model whose weights are those of seed `step`."""
-    from clipstack.checkpoint import Snapshot, save_snapshot
+    from clipstack.checkpoint.snapshot import Snapshot, save_snapshot
 
     model = build_model(SMALL, seed=step)
     snapshot = Snapshot(

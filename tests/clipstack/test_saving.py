@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 import torch
 
-from clipstack.checkpoint import MANIFEST_FILE, Snapshot, checkpoint_name, load_snapshot, newest_sound
+from clipstack.checkpoint.folder import newest_sound
+from clipstack.checkpoint.layout import MANIFEST_FILE, checkpoint_name
+from clipstack.checkpoint.snapshot import Snapshot, load_snapshot
 from clipstack.config import CheckpointConfig, GuardConfig, load_recipe, to_toml
 from clipstack.errors import CheckpointError, ConfigError
 from clipstack.files import sha256_of
@@ -29,7 +31,8 @@ from clipstack.training.deepspeed_config import deepspeed_config
 from clipstack.training.guard import Guard
 from clipstack.training.reporting import Reporter, Silent
 from clipstack.training.run_data import check_validation
-from clipstack.training.run_folder import RunLock, prepare
+from clipstack.training.run_folder import prepare
+from clipstack.training.run_lock import RunLock
 from clipstack.training.saver import Saver
 from clipstack.training.sinks import PatientSink, wandb_id
 from clipstack.training.trainer import Progress, note_best
@@ -300,7 +303,7 @@ def test_a_run_folder_is_locked_by_a_process_and_free_when_that_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even while a process that it forked lives on."""
-    monkeypatch.setattr("clipstack.training.run_folder.LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr("clipstack.training.run_lock.LOCK_WAIT_S", 0.1)
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -348,7 +351,7 @@ def test_a_file_that_cannot_be_read_is_damage(tmp_path: Path, monkeypatch: pytes
             raise OSError(5, "Input/output error")
         return sha256_of(file)
 
-    monkeypatch.setattr("clipstack.checkpoint.sha256_of", failing)
+    monkeypatch.setattr("clipstack.checkpoint.manifest.sha256_of", failing)
     sound, damaged = newest_sound(tmp_path)
     assert sound == tmp_path / checkpoint_name(4) and "Input/output error" in damaged[0]
 

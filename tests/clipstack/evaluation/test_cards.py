@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clipstack.cards import Facts, data_card, model_card
+from clipstack.checkpoint.cards import Facts, data_card, model_card
 from clipstack.config import parse_recipe
 from data_pipelines.stream import make_manifest
 from tests.clipstack.evaluation.conftest import MODEL

@@ -3,7 +3,6 @@ them."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from clipstack.config import DataConfig, Recipe
 from clipstack.errors import ClipstackError
+from clipstack.run_log import EVAL_FILE, QUARANTINE_FILE, read_jsonl
 from data_pipelines.errors import DataError
 from data_pipelines.rights import load_removal_list
 from data_pipelines.sources import ensure_index, is_pipe, is_remote
@@ -251,14 +251,12 @@ def _table(rows: Sequence[tuple[str, str]]) -> str:
 def run_evaluations(run_dir: Path, *, step: int | None) -> tuple[Mapping[str, Any], ...]:
     """What a run's eval.jsonl says of the weights of `step`, if it does; the last line where there are
     several."""
-    file = run_dir / "eval.jsonl"
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    whole = text[: text.rfind("\n") + 1].splitlines()  # a killed run may have left a torn last line
-    found = [line for line in map(json.loads, whole) if line.get("step") == step]
+    file = run_dir / EVAL_FILE
+    found = [line for line in read_jsonl(file) if line.get("step") == step] if file.is_file() else []
     return tuple(found[-1:])
 
 
 def count_quarantined(run_dir: Path) -> int:
     """Lines of a run's quarantine.jsonl; it has none where nothing was bad."""
-    file = run_dir / "quarantine.jsonl"
+    file = run_dir / QUARANTINE_FILE
     return len(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else 0

@@ -1,0 +1,132 @@
+"""`load_model()`: a run, an exported folder or an open_clip name to a model with its preprocessing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import clipstack.torchvision_compat  # noqa: F401  isort: skip  (has to precede open_clip)
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from clipstack.checkpoint.weights import DEFAULT_MAX_LOGIT_SCALE, fingerprint_of, read_weights, weights_folder
+from clipstack.errors import ConfigError
+from clipstack.model import (
+    ClipModel,
+    ModelRecord,
+    build_towers,
+    load_open_clip_weights,
+    named_pretrained,
+    named_tables,
+    open_clip_weights,
+    record_of_tables,
+)
+from clipstack.preprocess import Preprocess
+from data_pipelines.sources import did_you_mean
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with all that turns pictures and captions into its inputs.
+
+    name: as it was asked for. model: in eval mode, on the device asked for; takes what the two below make to
+    (N, D) unit-norm features. preprocess: images and texts to its inputs. tokenizer: open_clip's, N texts to
+    (N, context_length) int64. fingerprint: 32 hex digits that equal models share, whatever folder they lie
+    in. is_random: no weights were loaded.
+    """
+
+    name: str
+    model: ClipModel
+    preprocess: Preprocess
+    tokenizer: Any
+    fingerprint: str
+    is_random: bool = False
+
+
+def load_model(
+    path_or_name: Path | str,
+    *,
+    pretrained: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> LoadedModel:
+    """A model to evaluate, embed or serve with, in eval mode.
+
+    `path_or_name`: a run folder (its export/ once finished, else its newest sound checkpoint), a checkpoint,
+    an exported folder, `hf-hub:ORGANISATION/REPOSITORY` for what open_clip downloads from there, or an
+    open_clip name, with `pretrained` a tag or a weights file; an open_clip name without one gives random
+    weights. Raises ConfigError for an unknown name, CheckpointError for a folder that cannot be read.
+    """
+    where = Path(path_or_name)
+    name = str(path_or_name)
+    if where.is_dir():
+        if pretrained is not None:
+            raise ConfigError(
+                f"pretrained = {pretrained!r}: {where} has weights of its own; drop one of the two"
+            )
+        record, max_logit_scale, weights = read_weights(weights_folder(where, prefer_export=True))
+        return _assemble(name, record, max_logit_scale, weights, device=device, dtype=dtype)
+    if where.exists() or name.startswith((".", "/", "~")) or name.endswith("/"):
+        raise ConfigError(
+            f"--model {name}: not a folder; name a run, an exported folder or an open_clip architecture"
+        )
+    if name.startswith("hf-hub:"):
+        towers = _from_hub(name, pretrained)
+        record = record_of_tables(
+            open_clip.get_model_config(name), open_clip.get_model_preprocess_cfg(towers)
+        )
+        return _assemble(
+            name, record, DEFAULT_MAX_LOGIT_SCALE, open_clip_weights(towers), device=device, dtype=dtype
+        )
+    if where.parent != Path() and where.parent.is_dir():
+        raise ConfigError(f"--model {name}: no such folder{did_you_mean(where)}")
+    tables = named_tables(name, key="--model", or_folder=True)
+    if pretrained is not None:
+        towers = named_pretrained(name, pretrained)
+        record = record_of_tables(tables, open_clip.get_model_preprocess_cfg(towers))
+        return _assemble(
+            name, record, DEFAULT_MAX_LOGIT_SCALE, open_clip_weights(towers), device=device, dtype=dtype
+        )
+    record = record_of_tables(tables)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        weights = open_clip_weights(build_towers(record))
+    return _assemble(
+        name, record, DEFAULT_MAX_LOGIT_SCALE, weights, device=device, dtype=dtype, is_random=True
+    )
+
+
+def _from_hub(name: str, pretrained: str | None) -> nn.Module:
+    """Raises ConfigError."""
+    if pretrained is not None:
+        raise ConfigError(f"pretrained = {pretrained!r}: {name} has weights of its own; drop one of the two")
+    try:
+        return cast(nn.Module, open_clip.create_model(name))
+    except (RuntimeError, ValueError) as error:  # what open_clip makes of every failure of a download
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"--model {name}: the Hugging Face hub gives no such model ({reason})") from error
+
+
+def _assemble(
+    name: str,
+    record: ModelRecord,
+    max_logit_scale: float,
+    weights: Mapping[str, Tensor],
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    is_random: bool = False,
+) -> LoadedModel:
+    bias = float(weights["logit_bias"]) if "logit_bias" in weights else None
+    with torch.random.fork_rng(devices=[]):
+        towers = build_towers(record, init_logit_bias=bias)
+    load_open_clip_weights(towers, weights, source=name)
+    model = ClipModel(towers, record, max_logit_scale=max_logit_scale).to(device=device, dtype=dtype).eval()
+    preprocess = Preprocess.from_record(record)
+    fingerprint = fingerprint_of(record, weights)
+    return LoadedModel(
+        name, model.requires_grad_(False), preprocess, preprocess.tokenizer, fingerprint, is_random
+    )
