@@ -22,9 +22,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from data_pipelines.building.plan import BuildOptions, plan_jobs
+from data_pipelines.building.run import run_jobs
 from data_pipelines.encode import ImageOptions, prepare_image, shrunk_size
-from data_pipelines.inputs import InputOptions, collect, expand_shards, read_item, shard_items
-from data_pipelines.jobs import BuildOptions, plan_jobs, run_jobs
+from data_pipelines.inputs.collecting import collect
+from data_pipelines.inputs.items import InputOptions
+from data_pipelines.inputs.reading import read_item
+from data_pipelines.inputs.shards import expand_shards, shard_items
 from data_pipelines.parallel import default_processes
 
 PHOTOS = Path(__file__).resolve().parents[1] / "../shared/data/photos"

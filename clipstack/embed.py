@@ -38,7 +38,7 @@ from clipstack.world import World, joined_world
 from data_pipelines.files import replacing
 from data_pipelines.progress import Progress
 from data_pipelines.sources import ensure_summary, expand, shard_name
-from data_pipelines.stream import BadSample
+from data_pipelines.stream.quarantine import BadSample
 
 FORMAT = 2
 RECORD_FILE = "embed.json"

@@ -27,7 +27,7 @@ from data_pipelines.sources import (
     locked,
     retried,
 )
-from data_pipelines.stream import Manifest, ShardEntry
+from data_pipelines.stream.manifest import Manifest, ShardEntry
 
 SCAN_CHUNK = 2**15
 """Positions of the order that the prefetcher looks at in one step."""

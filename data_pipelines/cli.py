@@ -14,20 +14,19 @@ from data_pipelines.errors import ClipstackError, SampleError, ShardError, Stopp
 
 DONE, FAILED, USAGE, RESUMABLE = 0, 1, 2, 3
 
-COMMANDS: dict[str, tuple[str, str]] = {
-    "build": ("build", "make shards from images and captions"),
-    "index": ("index_cli", "index shards, so that training can read any sample of them at once"),
-    "verify": ("verify", "check shards; list what is damaged, save what can be saved"),
-    "stats": ("stats", "count, measure and show what is in shards"),
-    "filter": ("filter", "keep the samples that rules ask for"),
-    "dedup": ("dedup", "drop samples whose image or caption comes again"),
-    "reshard": ("reshard", "cut, shuffle, shrink shards anew; apply a removal list"),
-    "shapes": ("shapes", "make a small procedural data set"),
-    "order": ("order_cli", "show which samples each batch and rank gets"),
-    "replay": ("replay_cli", "show what a step of a run saw"),
+COMMANDS = {
+    "build": "make shards from images and captions",
+    "index": "index shards, so that training can read any sample of them at once",
+    "verify": "check shards; list what is damaged, save what can be saved",
+    "stats": "count, measure and show what is in shards",
+    "filter": "keep the samples that rules ask for",
+    "dedup": "drop samples whose image or caption comes again",
+    "reshard": "cut, shuffle, shrink shards anew; apply a removal list",
+    "shapes": "make a small procedural data set",
+    "order": "show which samples each batch and rank gets",
+    "replay": "show what a step of a run saw",
 }
-"""Name to the module of this package that has `add_arguments(parser)` and `run(args) -> int`, and one line of
-help."""
+"""Name, which is that of a module in `commands`, to one line of help."""
 
 _EXTRAS = {
     "polars": "data",
@@ -100,8 +99,8 @@ def main(argv: list[str]) -> int:
 
 
 def _run(name: str, argv: list[str]) -> int:
-    module, help_ = COMMANDS[name]
-    command = cast(Command, importlib.import_module(f"data_pipelines.{module}"))
+    help_ = COMMANDS[name]
+    command = cast(Command, importlib.import_module(f"data_pipelines.commands.{name}"))
     parser = OneLineParser(
         prog=f"clipstack data {name}", description=help_[0].upper() + help_[1:] + ".", allow_abbrev=False
     )
@@ -115,7 +114,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<9}{help_}" for name, (_, help_) in COMMANDS.items()]
+    lines = [f"  {name:<9}{help_}" for name, help_ in COMMANDS.items()]
     return "\n".join(
         ["usage: clipstack data COMMAND ...", "", *lines, "", "clipstack data COMMAND --help says more."]
     )

@@ -12,7 +12,8 @@ import polars as pl
 
 from data_pipelines.errors import SampleError
 from data_pipelines.index import Sample
-from data_pipelines.inputs import Inputs, Item, ShardImage, read_members, shard_items
+from data_pipelines.inputs.items import Inputs, Item, ShardImage
+from data_pipelines.inputs.shards import read_members, shard_items
 from data_pipelines.parallel import map_processes
 from data_pipelines.progress import Progress
 from data_pipelines.table import Row, describe, read_table, schema, to_frame

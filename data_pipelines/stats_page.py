@@ -9,7 +9,7 @@ import polars as pl
 
 from data_pipelines.errors import DataError, SampleError
 from data_pipelines.images import open_image
-from data_pipelines.inputs import read_item
+from data_pipelines.inputs.reading import read_item
 from data_pipelines.page import document, number_card, thumbnail
 from data_pipelines.shard_rows import ShardRows
 from data_pipelines.stats import NUMBERS, Shares, Stats, histogram, share_tables

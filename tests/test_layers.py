@@ -75,8 +75,9 @@ def test_clipstack_has_no_import_cycle() -> None:
     TopologicalSorter(clipstack_imports()).prepare()  # raises CycleError, naming the cycle
 
 
-def test_no_files_of_clipstack_import_each_other() -> None:
-    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules("clipstack")}
+@pytest.mark.parametrize("package", ["clipstack", "data_pipelines"])
+def test_no_files_import_each_other(package: str) -> None:
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules(package)}
     known = set(names.values())
     TopologicalSorter({name: imports_of(path) & known for path, name in names.items()}).prepare()
 

@@ -15,7 +15,9 @@ from clipstack.run_log import EVAL_FILE, QUARANTINE_FILE, read_jsonl
 from data_pipelines.errors import DataError
 from data_pipelines.rights import load_removal_list
 from data_pipelines.sources import ensure_index, is_pipe, is_remote
-from data_pipelines.stream import Manifest, ShardEntry, make_manifest, removed_of
+from data_pipelines.stream import make_manifest
+from data_pipelines.stream.manifest import Manifest, ShardEntry
+from data_pipelines.stream.reader import removed_of
 
 MODEL_CARD, DATA_CARD = "MODEL_CARD.md", "DATA_CARD.md"
 UNKNOWN_LICENCE = "not stated"

@@ -21,7 +21,7 @@ from clipstack.evaluation.report import EXAMPLES_OF_SKIPPED, Report, Skipped, So
 from clipstack.evaluation.task import Setup
 from clipstack.preprocess import Preprocess
 from data_pipelines.images import open_image
-from data_pipelines.stream import BadSample
+from data_pipelines.stream.quarantine import BadSample
 
 
 def compositional_report(setup: Setup, path: Path, images: Path) -> Report:

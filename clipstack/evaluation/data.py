@@ -15,7 +15,8 @@ from clipstack.templates import check_template, read_lines
 from data_pipelines.images import MAX_IMAGE_PIXELS
 from data_pipelines.index import IMAGE_EXTENSIONS
 from data_pipelines.sources import ensure_summary, expand, is_remote, shard_name
-from data_pipelines.stream import BadSample, RawSample
+from data_pipelines.stream.quarantine import BadSample
+from data_pipelines.stream.samples import RawSample
 
 CLASSNAMES_FILE, TEMPLATES_FILE = "classnames.txt", "zeroshot_classification_templates.txt"
 NUM_SHARDS_FILE = "nshards.txt"

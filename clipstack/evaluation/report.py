@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from clipstack.errors import ConfigError, DataError
 from clipstack.files import write_text
-from data_pipelines.stream import BadSample
+from data_pipelines.stream.quarantine import BadSample
 
 Int64 = npt.NDArray[np.int64]
 FORMAT = 1

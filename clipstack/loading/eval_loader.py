@@ -17,16 +17,11 @@ from clipstack.loading.workers import Made, Ranges, Workers
 from clipstack.preprocess import Preprocess
 from clipstack.world import World
 from data_pipelines.images import open_image
-from data_pipelines.stream import (
-    BadRate,
-    BadSample,
-    Manifest,
-    RawSample,
-    Reader,
-    RemovedError,
-    describe_place,
-    make_manifest,
-)
+from data_pipelines.stream import Reader, make_manifest
+from data_pipelines.stream.manifest import Manifest
+from data_pipelines.stream.quarantine import BadRate, BadSample
+from data_pipelines.stream.reader import describe_place
+from data_pipelines.stream.samples import RawSample, RemovedError
 
 
 class EvalBatch(NamedTuple):

@@ -25,18 +25,11 @@ from clipstack.world import World
 from data_pipelines.cache import Prefetcher, Schedule, local_share
 from data_pipelines.order import Order, OrderParams, batch_ranges, rank_slice
 from data_pipelines.sources import is_pipe, is_remote
-from data_pipelines.stream import (
-    MAX_OPEN_SHARDS,
-    BadRate,
-    BadSample,
-    Drawer,
-    Drawn,
-    Manifest,
-    Quarantine,
-    Reader,
-    make_manifest,
-    order_state,
-)
+from data_pipelines.stream import Reader, make_manifest
+from data_pipelines.stream.drawing import Drawer, Drawn
+from data_pipelines.stream.manifest import Manifest, order_state
+from data_pipelines.stream.quarantine import BadRate, BadSample, Quarantine
+from data_pipelines.stream.reader import MAX_OPEN_SHARDS
 
 
 class Batch(NamedTuple):

@@ -17,7 +17,10 @@ from clipstack.errors import ConfigError, DataError, SampleError
 from data_pipelines.images import decode
 from data_pipelines.order import sample_seed
 from data_pipelines.sources import expand_all, shard_name
-from data_pipelines.stream import BadSample, Drawn, ReadOptions, RemovedError, parse_sample
+from data_pipelines.stream import ReadOptions
+from data_pipelines.stream.drawing import Drawn
+from data_pipelines.stream.quarantine import BadSample
+from data_pipelines.stream.samples import RemovedError, parse_sample
 
 SHUFFLE_BUFFER = 1000
 """Samples that a worker holds to shuffle among; webdataset's buffer starts to give when a tenth is there."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from clipstack.errors import DataError, WorkerError
-from data_pipelines.stream import BadSample
+from data_pipelines.stream.quarantine import BadSample
 
 PREFETCHED_BATCHES = 4
 """Batches that each worker has under way."""

@@ -23,13 +23,13 @@ from clipstack.demo.probes import (
 )
 from clipstack.errors import DataError
 from clipstack.recipes import shipped_recipes
-from data_pipelines import shapes
+from data_pipelines.shapes import generate, scenes
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("shapes")
-    shapes.generate(out, num_train=10, num_test=40)
+    generate(out, num_train=10, num_test=40)
     return out
 
 
@@ -53,7 +53,7 @@ def test_an_oracle_of_captions_gets_every_probe_and_every_retrieval(folder: Path
     assert (
         chance["relation"] == 4
         and chance["binding"] == chance["order"] == 2
-        and chance["colour in pair"] == len(shapes.COLOURS)
+        and chance["colour in pair"] == len(scenes.COLOURS)
     )
 
 
@@ -71,7 +71,7 @@ def test_a_model_that_maps_everything_to_one_point_scores_nothing(folder: Path) 
 
 def test_a_model_that_sees_colour_alone_gets_colour_and_no_other_factor(folder: Path) -> None:
     probe_set = read_probe_set(folder)
-    colours = list(shapes.COLOURS)
+    colours = list(scenes.COLOURS)
 
     def of_text(text: str) -> Tensor:
         named = [float(colour in text.split()) for colour in colours]

@@ -289,7 +289,7 @@ def test_the_best_is_the_lowest_of_what_should_be_low() -> None:
 HOLDER = """
 import os, signal, sys
 from pathlib import Path
-from clipstack.run_folder import RunLock
+from clipstack.training.run_lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 lock.take(at_most_s=1)
 if os.fork() == 0:  # as a loader worker is

@@ -21,7 +21,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_pipelines import jobs
+from data_pipelines.building import run as build_run
+from data_pipelines.building.plan import Job
+from data_pipelines.building.shard import ShardReport
 from data_pipelines.cli import main
 from data_pipelines.errors import ShardError
 from data_pipelines.index import load_index
@@ -213,16 +215,16 @@ def test_an_interrupted_build_goes_on_where_it_was_and_ends_in_the_same_bytes(
     options = ["--samples-per-shard", "2"]
     assert build(source, "-o", tmp_path / "whole", *options) == 0
 
-    build_shard = jobs.build_shard
+    build_shard = build_run.build_shard
     seen: list[str] = []
 
-    def failing(job: jobs.Job, *args: object) -> jobs.ShardReport:
+    def failing(job: Job, *args: object) -> ShardReport:
         seen.append(job.name)
         if job.name == "00002.tar" and seen.count("00002.tar") == 1:
             raise ShardError("no space left")
         return build_shard(job, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(jobs, "build_shard", failing)
+    monkeypatch.setattr(build_run, "build_shard", failing)
     assert build(source, "-o", tmp_path / "cut", *options) == 1
     assert not (tmp_path / "cut/build.json").exists()
     assert sorted(p.name for p in (tmp_path / "cut").glob("*.tar")) == ["00000.tar", "00001.tar"]
@@ -271,7 +273,9 @@ def test_a_report_is_written_once_its_shard_is_on_the_disk(
 def test_a_shard_that_was_cut_since_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = image_folder(tmp_path / "in", 3)
     assert build(source, "-o", tmp_path / "whole") == 0
-    monkeypatch.setattr(jobs, "_finish", lambda *_: (_ for _ in ()).throw(ShardError("no space left")))
+    monkeypatch.setattr(
+        build_run, "finish_output", lambda *_: (_ for _ in ()).throw(ShardError("no space left"))
+    )
     assert build(source, "-o", tmp_path / "cut") == 1
     monkeypatch.undo()
     os.truncate(tmp_path / "cut" / "00000.tar", 0)

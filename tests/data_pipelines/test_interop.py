@@ -22,7 +22,8 @@ from PIL import Image
 
 from data_pipelines.cli import main
 from data_pipelines.index import build_index
-from data_pipelines.inputs import expand_shards, read_item, shard_items
+from data_pipelines.inputs.reading import read_item
+from data_pipelines.inputs.shards import expand_shards, shard_items
 from data_pipelines.shard_rows import read_rows
 from tests.data_pipelines.making import image_folder, jpeg
 

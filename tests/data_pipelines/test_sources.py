@@ -19,7 +19,8 @@ from data_pipelines.errors import DataError, ShardError
 from data_pipelines.index import Sample, index_path, load_index, write_shard
 from data_pipelines.order import OrderParams
 from data_pipelines.sources import RemoteFile, cached_index_path, ensure_index, expand, size_bytes
-from data_pipelines.stream import Manifest, Reader, ReadOptions, make_manifest
+from data_pipelines.stream import Reader, ReadOptions, make_manifest
+from data_pipelines.stream.manifest import Manifest
 
 
 @dataclass

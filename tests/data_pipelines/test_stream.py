@@ -31,16 +31,9 @@ from data_pipelines.index import (
 )
 from data_pipelines.order import OrderParams
 from data_pipelines.rights import RemovalList, load_removal_list
-from data_pipelines.stream import (
-    BadRate,
-    BadSample,
-    Drawer,
-    Drawn,
-    Quarantine,
-    Reader,
-    ReadOptions,
-    make_manifest,
-)
+from data_pipelines.stream import Reader, ReadOptions, make_manifest
+from data_pipelines.stream.drawing import Drawer, Drawn
+from data_pipelines.stream.quarantine import BadRate, BadSample, Quarantine
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data/cifar10"
 
@@ -357,7 +350,7 @@ def test_half_a_line_of_the_quarantine_is_taken_back(tmp_path: Path, monkeypatch
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(fd, data[:10])
 
-    monkeypatch.setattr("data_pipelines.stream.os.write", full_soon)
+    monkeypatch.setattr("data_pipelines.stream.quarantine.os.write", full_soon)
     log = Quarantine(path)
     log.add([BadSample("a.tar", "1", "broken")])
     assert path.read_bytes() == b""

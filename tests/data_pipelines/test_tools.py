@@ -31,7 +31,7 @@ from data_pipelines.dedup import (
 from data_pipelines.errors import DataError
 from data_pipelines.filter import PRESETS, select
 from data_pipelines.index import Sample, load_index, write_shard
-from data_pipelines.inputs import expand_shards
+from data_pipelines.inputs.shards import expand_shards
 from data_pipelines.progress import Progress
 from data_pipelines.shard_rows import FRAME_SCHEMA, read_rows
 from data_pipelines.stats import compute_stats, histogram

@@ -22,7 +22,7 @@ from clipstack.world import World
 from data_pipelines.cli import main
 from data_pipelines.index import Sample, write_shard
 from data_pipelines.order import OrderParams
-from data_pipelines.replay_cli import read_recipe, replay, step_ranges
+from data_pipelines.replay import read_recipe, replay, step_ranges
 
 SIZES = (9, 2, 14, 5)
 N = sum(SIZES)
@@ -210,7 +210,7 @@ def test_a_step_outside_the_run_is_refused(
 
 def test_the_data_core_imports_no_torch_and_nothing_of_clipstack() -> None:
     code = (
-        "import sys, data_pipelines.order_cli, data_pipelines.replay_cli, data_pipelines.cache\n"
+        "import sys, data_pipelines.commands.order, data_pipelines.commands.replay, data_pipelines.cache\n"
         "print([name for name in sys.modules if name.split('.')[0] in ('torch', 'clipstack', 'webdataset')])"
     )
     root = Path(__file__).resolve().parents[2]

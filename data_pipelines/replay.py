@@ -1,8 +1,7 @@
-"""`clipstack data replay RUN --step N`: the images and captions that a step of a run saw."""
+"""A step of a run again: the images and captions that it saw, as they were cropped and mirrored."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
@@ -21,7 +20,8 @@ from data_pipelines.images import MAX_IMAGE_PIXELS, Geometry, Pixels, draw_geome
 from data_pipelines.order import OrderParams, batch_ranges
 from data_pipelines.page import THUMBNAIL_PX, document, picture
 from data_pipelines.rights import EMPTY, load_removal_list
-from data_pipelines.stream import Drawer, Drawn, Reader, ReadOptions, make_manifest
+from data_pipelines.stream import Reader, ReadOptions, make_manifest
+from data_pipelines.stream.drawing import Drawer, Drawn
 
 
 @dataclass(frozen=True)
@@ -32,35 +32,6 @@ class Seen:
     epoch: int
     drawn: Drawn
     geometry: Geometry
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
-    parser.add_argument("--step", type=int, required=True, help="optimizer step, from 1")
-    parser.add_argument(
-        "--html", type=Path, metavar="OUT", help="write a page with the images, as cropped and mirrored"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-
-
-def run(args: argparse.Namespace) -> int:
-    recipe = read_recipe(args.run)
-    seen = [
-        one for low, high in step_ranges(args.run, recipe, args.step) for one in replay(recipe, low, high)
-    ]
-    if args.html is not None:
-        text = page(seen, title=f"{args.run.name}, step {args.step}")
-        try:
-            args.html.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise DataError(f"--html {args.html}: cannot be written: {error.strerror}") from error
-    for one in seen:
-        print(
-            json.dumps(describe(one), ensure_ascii=False)
-            if args.json
-            else f"{one.drawn.raw.key}  {one.drawn.caption}"
-        )
-    return 0
 
 
 def read_recipe(run: Path) -> dict[str, Any]:

@@ -1,30 +1,21 @@
-"""`clipstack data build`: its options, shared with the other commands that write shards, and the command
-itself."""
+"""Arguments that the commands that write shards share."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
+import os
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+from data_pipelines.building.output import REJECTS, REMOVED, BuildReport
+from data_pipelines.building.plan import BuildOptions
 from data_pipelines.encode import Format, ImageOptions, Reencode
-from data_pipelines.errors import DataError, SampleError
-from data_pipelines.inputs import (
-    CAPTION_NAMES,
-    DEFAULT_TEMPLATES,
-    IMAGE_NAMES,
-    InputOptions,
-    Layout,
-    collect,
-    read_lines,
-    read_templates,
-)
-from data_pipelines.jobs import REJECTS, REMOVED, BuildOptions, BuildReport, plan_jobs, run_jobs
+from data_pipelines.errors import DataError
 from data_pipelines.parallel import default_processes
-from data_pipelines.rights import EMPTY, RIGHTS_COLUMNS, load_removal_list
+from data_pipelines.rights import EMPTY, load_removal_list
 
 
 def check_output(out: Path, paths: Sequence[str], *, option: str = "--output") -> None:
@@ -148,83 +139,6 @@ def output_options(args: argparse.Namespace, **changes: Any) -> BuildOptions:
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "paths",
-        nargs="+",
-        metavar="PATH",
-        help="a folder of images, a table (.csv .tsv .json .jsonl .parquet) or shards",
-    )
-    add_output_arguments(parser)
-    add_image_arguments(parser, copy=False)
-    group = parser.add_argument_group("captions")
-    group.add_argument(
-        "--layout",
-        choices=get_args(Layout),
-        default="auto",
-        help="of a folder: sidecar captions or class folders (default: as found)",
-    )
-    group.add_argument(
-        "--templates", metavar="FILE", help="caption templates for classes, one per line, {} for the name"
-    )
-    group.add_argument(
-        "--classnames", metavar="FILE", help="one per line, in the order of the sorted class folders"
-    )
-    group.add_argument(
-        "--image-column", metavar="NAME", help=f"of a table (default: the first of {', '.join(IMAGE_NAMES)})"
-    )
-    group.add_argument(
-        "--caption-column",
-        metavar="NAME",
-        help=f"of a table (default: the first of {', '.join(CAPTION_NAMES)})",
-    )
-    group.add_argument(
-        "--label-column", metavar="NAME", help="of a table: whole numbers, classes for zero-shot evaluation"
-    )
-    group.add_argument(
-        "--image-root", metavar="DIR", help="what paths in a table start from (default: the table's folder)"
-    )
-    group.add_argument(
-        "--image-encoding",
-        choices=("path", "base64"),
-        default="path",
-        help="what a table's text column of images holds (default: %(default)s)",
-    )
-    rights = parser.add_argument_group("rights, for samples that bring none")
-    for name in RIGHTS_COLUMNS[:3]:
-        rights.add_argument(f"--{name}", metavar="TEXT")
-
-
-def run(args: argparse.Namespace) -> int:
-    out = Path(args.output)
-    check_output(out, args.paths)
-    options = output_options(
-        args,
-        image=image_options(args),
-        defaults={name: getattr(args, name) for name in RIGHTS_COLUMNS[:3] if getattr(args, name)},
-    )
-    inputs = collect(
-        args.paths,
-        InputOptions(
-            layout=args.layout,
-            templates=read_templates(args.templates) if args.templates else DEFAULT_TEMPLATES,
-            classnames=read_lines(args.classnames) if args.classnames else (),
-            image_column=args.image_column,
-            caption_column=args.caption_column,
-            label_column=args.label_column,
-            image_root=args.image_root,
-            image_encoding=args.image_encoding,
-        ),
-    )
-    print(inputs.described, file=sys.stderr)
-    report = run_jobs(plan_jobs(inputs.items, options), out, options, inputs=inputs, processes=args.processes)
-    print_report(report, out)
-    if report.samples == 0 and report.rejected:
-        first = json.loads((out / REJECTS).read_text(encoding="utf-8").partition("\n")[0])
-        raise SampleError(f"nothing could be used; the first, {first['origin']}: {first['reason']}")
-    return 0 if report.samples else 1
-
-
 def print_report(report: BuildReport, out: Path) -> None:
     print(f"{out}: {report.samples} samples in {report.shards} shards, {report.size_bytes / 1e6:.1f} MB")
     if report.removed:
@@ -242,3 +156,45 @@ def _size(text: str) -> int | None:
     if size < 1:
         raise argparse.ArgumentTypeError("must be 1 or more, or `keep`")
     return size
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+def parse_bytes(text: str) -> int:
+    """`500MB`, `2G`, `300000`: decimal units. Raises ArgumentTypeError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?)B?", text.strip(), flags=re.IGNORECASE)
+    if match is None or float(match.group(1)) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write for example 500MB")
+    return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
+
+
+def add_copy_arguments(parser: argparse.ArgumentParser, *, dry_run: bool) -> None:
+    """What `reshard`, `filter` and `dedup` share: how the shards that they write are cut and what images
+    become. `dry_run`: offer to write none."""
+    if dry_run:
+        parser.add_argument("--dry-run", action="store_true", help="count, but write nothing")
+    else:
+        parser.set_defaults(dry_run=False)
+    add_output_arguments(parser, required=not dry_run)
+    parser.add_argument(
+        "--shard-size", type=parse_bytes, metavar="SIZE", help="500MB, 2G; instead of a count"
+    )
+    add_image_arguments(parser, copy=True)
+
+
+def copy_options(args: argparse.Namespace) -> BuildOptions:
+    """Raises DataError for values that make no sense."""
+    image = image_options(args)
+    # Nothing asked of the images: they are copied without a look, whatever their format.
+    untouched = image == replace(ImageOptions(), size=None, reencode="never")
+    return replace(output_options(args, image=None if untouched else image), shard_bytes=args.shard_size)
+
+
+def copy_target(args: argparse.Namespace) -> tuple[Path, BuildOptions]:
+    """Where the new shards go, which a dry run need not say, and how they are written. Raises DataError."""
+    if args.output is None and not args.dry_run:
+        raise DataError("say --output DIR for the new shards, or --dry-run")
+    out = Path(args.output or os.devnull)
+    check_output(out, args.paths)
+    return out, copy_options(args)
