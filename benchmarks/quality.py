@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -31,7 +30,7 @@ import time
 import tomllib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
@@ -39,83 +38,16 @@ from typing import Any, Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.trainers import (  # noqa: E402
-    Job,
-    Ran,
-    export_peer,
-    hidden,
-    keep_logs,
-    logged_seconds,
-    machine,
-    our_command,
-    our_line,
-    peer_command,
-    peer_line,
-    run,
-    versions,
-)
+from benchmarks.figures import logged_seconds, machine, versions  # noqa: E402
+from benchmarks.quality_arms import ARMS, CORE, IN_EQUAL_TIME, ON_SHAPES, PEER  # noqa: E402
+from benchmarks.quality_report import read_results, report, report_shapes  # noqa: E402
+from benchmarks.running import Ran, hidden, keep_logs, run  # noqa: E402
+from benchmarks.trainers import Job, export_peer, our_command, our_line, peer_command, peer_line  # noqa: E402
 
 Budget = Literal["samples", "time"]
 EPOCH_STEPS, EPOCHS = 156, 10
 """156 batches of 128 are one pass over the 20,000 training photos; the rest of 32 is left for the next."""
 SHAPES_STEPS = 2300
-LEVEL = 0.95
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A way to train. changes: dotted keys of the recipe and their values; peer: open_clip's own trainer."""
-
-    about: str
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    peer: bool = False
-
-
-def _hard(**options: Any) -> dict[str, Any]:
-    return {"objective": {"name": "hard_negative", **options}}
-
-
-def _unmasked() -> dict[str, Any]:
-    return {"name": "clip", "mask_duplicates": False}
-
-
-BASE, PEER = "clip", "open_clip"
-CORE = {
-    BASE: Arm(
-        "configs/cifar10.toml as it is: objective clip, duplicates masked, half of the photos mirrored"
-    ),
-    "hard_negative": Arm("the same with hard negatives at their default beta", _hard()),
-    "no_masking": Arm("the same as clip, duplicates counted as negatives", {"objective": _unmasked()}),
-    "like_open_clip": Arm(
-        "ours with all that open_clip's trainer cannot do turned off: no masking, no mirroring",
-        {"objective": _unmasked(), "data.augment.hflip": False},
-    ),
-    PEER: Arm("open_clip's own trainer, its flags set to the recipe's values", peer=True),
-}
-FULL = {
-    **{f"beta_{beta}": Arm(f"hard negatives, beta {beta}", _hard(beta=beta)) for beta in (0.1, 0.5, 1.0)},
-    "beta_late": Arm("hard negatives in the last third", _hard(warmup_fraction=2 / 3, ramp_fraction=0.1)),
-    "beta_no_masking": Arm("hard negatives, duplicates not masked", _hard(mask_duplicates=False)),
-    "hard_debiased": Arm("hard negatives with tau_plus 0.1", _hard(tau_plus=0.1)),
-    "debiased": Arm("debiased", {"objective": {"name": "debiased"}}),
-    "dcl": Arm("decoupled", {"objective": {"name": "dcl"}}),
-    "siglip": Arm(
-        "sigmoid, from its own scale of 10",
-        {"objective": {"name": "siglip"}, "model.init_logit_scale": math.log(10)},
-    ),
-    "smoothing": Arm("clip, label smoothing 0.1", {"objective": {"name": "clip", "label_smoothing": 0.1}}),
-    "no_mirror": Arm("clip, no mirroring", {"data.augment.hflip": False}),
-    "no_augment": Arm(
-        "clip, no augmentation", {"data.augment.hflip": False, "data.augment.crop_scale": [1.0, 1.0]}
-    ),
-    "strong_augment": Arm(
-        "clip, crops from 0.35, colours jittered",
-        {"data.augment.crop_scale": [0.35, 1.0], "data.augment.color_jitter": [0.4, 0.4, 0.4, 0.1]},
-    ),
-}  # fmt: skip
-ON_SHAPES = (BASE, "hard_negative", "no_masking", "beta_0.1", "beta_0.5", "beta_late", "dcl", "smoothing")
-ARMS = CORE | FULL
-IN_EQUAL_TIME = (BASE, "hard_negative", "no_masking", "like_open_clip")
 
 
 @dataclass(frozen=True)
@@ -130,9 +62,6 @@ class Task:
     @property
     def name(self) -> str:
         return f"{self.data}-{self.budget}-{self.arm}-seed{self.seed}"
-
-
-# ---- What is run ----
 
 
 def changed(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,103 +219,6 @@ def run_stage(tasks: Sequence[Task], args: argparse.Namespace) -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         for _ in pool.map(one, todo):
             pass
-
-
-# ---- What came out ----
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its confidence interval; half is infinite where one run cannot tell."""
-
-    mean: float
-    half: float
-
-    def percent(self, *, signed: bool = False) -> str:
-        mean = f"{100 * self.mean:{'+' if signed else ''}.1f}"
-        return mean if math.isinf(self.half) else f"{mean} ± {100 * self.half:.1f}"
-
-
-def mean_interval(values: Sequence[float]) -> Interval:
-    """Student's interval of a mean, at 95 %."""
-    from scipy.stats import t
-
-    count = len(values)
-    mean = sum(values) / count
-    if count < 2:
-        return Interval(mean, math.inf)
-    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
-    return Interval(mean, float(t.ppf((1 + LEVEL) / 2, count - 1)) * spread / math.sqrt(count))
-
-
-def welch_interval(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
-    """Interval of the difference of two means whose runs have nothing in common (Welch 1947), at 95 %."""
-    from scipy.stats import ttest_ind
-
-    difference = sum(ours) / len(ours) - sum(theirs) / len(theirs)
-    if min(len(ours), len(theirs)) < 2:
-        return Interval(difference, math.inf)
-    found = ttest_ind(ours, theirs, equal_var=False).confidence_interval(LEVEL)
-    return Interval(difference, float(found.high - found.low) / 2)
-
-
-def read_results(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*-seed*.json"))]
-
-
-def report(results: Sequence[Mapping[str, Any]], *, value: str = "top1") -> str:
-    """Markdown. Ours share seeds, weights at the start and order of data, so their differences are paired;
-    against open_clip they are not."""
-    lines = []
-    peers = [result for result in results if result["arm"] == PEER]
-    peer = {result["seed"]: result["values"][value] for result in peers}
-    for budget in ("samples", "time"):
-        group = [result for result in results if result["budget"] == budget]
-        if not group:
-            continue
-        if budget == "time":  # the others were cut to the time of the peer's runs at equal samples
-            group += peers
-        arms = {arm: {r["seed"]: r["values"][value] for r in group if r["arm"] == arm} for arm in ARMS}
-        arms = {arm: by_seed for arm, by_seed in arms.items() if by_seed}
-        lines += [
-            f"\nequal {budget}\n",
-            "| arm | seeds | top-1, % | minus clip | minus open_clip | samples | seconds | core-seconds |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        ]
-        for arm, by_seed in arms.items():
-            cells = [arm, str(len(by_seed)), mean_interval(list(by_seed.values())).percent()]
-            base = arms.get(BASE, {})
-            shared = [by_seed[seed] - base[seed] for seed in by_seed if seed in base]
-            paired = shared and arm not in (BASE, PEER)
-            cells.append(mean_interval(shared).percent(signed=True) if paired else "")
-            against = peer and arm != PEER
-            unpaired = welch_interval(list(by_seed.values()), list(peer.values())) if against else None
-            cells.append(unpaired.percent(signed=True) if unpaired else "")
-            runs = [result for result in group if result["arm"] == arm]
-            for figure in ("samples", "train_s", "cpu_s"):
-                cells.append(f"{sum(result[figure] for result in runs) / len(runs):,.0f}")
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def report_shapes(results: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: every factor of the demo's test, a row an arm; under each arm what differs from clip, paired
-    by seed."""
-    names = list(results[0]["values"])
-    lines = [f"| arm | seeds | {' | '.join(names)} |", f"| --- | --- |{' --- |' * len(names)}"]
-    base = {result["seed"]: result["values"] for result in results if result["arm"] == BASE}
-    for arm in ON_SHAPES:
-        mine = {result["seed"]: result["values"] for result in results if result["arm"] == arm}
-        if not mine:
-            continue
-        cells = [mean_interval([values[name] for values in mine.values()]).percent() for name in names]
-        lines.append(f"| {arm} | {len(mine)} | {' | '.join(cells)} |")
-        shared = [seed for seed in mine if seed in base and arm != BASE]
-        if shared:
-            gains = [[mine[seed][name] - base[seed][name] for seed in shared] for name in names]
-            cells = [mean_interval(gain).percent(signed=True) for gain in gains]
-            lines.append(f"| {arm} minus clip | {len(shared)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

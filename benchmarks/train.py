@@ -30,23 +30,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.trainers import (  # noqa: E402
-    Job,
-    Ran,
-    Spread,
-    alternating,
-    hidden,
-    keep_logs,
-    machine,
-    our_command,
-    our_line,
-    peer_command,
-    peer_line,
-    ratios,
-    run,
-    steady_rate,
-    versions,
-)
+from benchmarks.figures import Spread, alternating, machine, ratios, steady_rate, versions  # noqa: E402
+from benchmarks.running import Ran, hidden, keep_logs, run  # noqa: E402
+from benchmarks.trainers import Job, our_command, our_line, peer_command, peer_line  # noqa: E402
 
 WARM_UP_STEPS = 1
 PHOTO_SHARDS = 8

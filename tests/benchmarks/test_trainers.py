@@ -13,23 +13,20 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import quality, train
-from benchmarks.quality import ARMS, Task
+from benchmarks import quality, quality_arms, quality_report, train
+from benchmarks.figures import alternating, logged_seconds, steady_rate
+from benchmarks.quality import Task
+from benchmarks.quality_arms import ARMS
+from benchmarks.running import Ran, hidden, run
 from benchmarks.trainers import (
     Job,
-    Ran,
     StepLine,
-    alternating,
     export_peer,
-    hidden,
-    logged_seconds,
     our_command,
     our_line,
     peer_arguments,
     peer_command,
     peer_line,
-    run,
-    steady_rate,
 )
 from clipstack.checkpoint import load_model
 from clipstack.config import load_recipe, parse_recipe
@@ -217,7 +214,7 @@ def test_runs_at_equal_time_come_after_those_at_equal_samples(tmp_path: Path) ->
     args = quality.parse_arguments(["--out", str(tmp_path), "--open-clip", "python", "--seeds", "2"])
     first, second = quality.plan(args)
     assert {task.budget for task in first} == {"samples"}
-    assert len(first) == 2 * len(quality.CORE)
+    assert len(first) == 2 * len(quality_arms.CORE)
     assert {task.arm for task in second} == set(quality.IN_EQUAL_TIME)
 
 
@@ -226,10 +223,10 @@ def test_the_interval_of_a_mean_is_students() -> None:
 
     values = [0.50, 0.53, 0.55]
     low, high = t.interval(0.95, 2, loc=np.mean(values), scale=sem(values))
-    found = quality.mean_interval(values)
+    found = quality_report.mean_interval(values)
     assert found.mean - found.half == pytest.approx(low)
     assert found.mean + found.half == pytest.approx(high)
-    assert math.isinf(quality.mean_interval([0.5]).half)
+    assert math.isinf(quality_report.mean_interval([0.5]).half)
 
 
 def test_the_report_pairs_ours_by_seed() -> None:
@@ -240,7 +237,7 @@ def test_the_report_pairs_ours_by_seed() -> None:
     # Seeds differ by ten points, the arms within a seed by exactly one.
     ours = [result("clip", seed, 0.4 + 0.1 * seed) for seed in range(3)]
     hard = [result("hard_negative", seed, 0.41 + 0.1 * seed) for seed in range(3)]
-    table = quality.report(
+    table = quality_report.report(
         [*ours, *hard, *(result("open_clip", seed, 0.39 + 0.01 * seed) for seed in range(3))]
     )
     row = next(line for line in table.splitlines() if line.startswith("| hard_negative"))
