@@ -10,11 +10,17 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.building.shard import Reject, Removed, ShardReport
+from data_pipelines.building.reports import (
+    WORK_FOLDER,
+    BuildReport,
+    ShardReport,
+    read_json,
+    reason_kind,
+)
 from data_pipelines.errors import DataError
 from data_pipelines.files import write_text
 from data_pipelines.index import index_path
@@ -27,25 +33,13 @@ SIZES = "sizes.json"
 """Samples of each shard, as open_clip's trainer reads it."""
 REJECTS = "rejects.jsonl"
 REMOVED = "removed.jsonl"
-_WORK = ".build"
-
-
-@dataclass(frozen=True)
-class BuildReport:
-    shards: int
-    samples: int
-    size_bytes: int
-    rejected: int
-    removed: int
-    reasons: Mapping[str, int]
-    """Rejects by reason, without what is particular to one sample."""
 
 
 @contextmanager
 def claimed(out: Path, plan: Mapping[str, Any], inputs: Inputs) -> Iterator[None]:
     """The output folder, for this plan and this process alone, with what a killed run left half-done cleared
     away."""
-    work = out / _WORK
+    work = out / WORK_FOLDER
     if not work.exists() and any(path.suffix == ".tar" for path in (out.iterdir() if out.is_dir() else ())):
         raise DataError(f"{out}: has shards that another command wrote; name a new folder")
     try:
@@ -126,46 +120,6 @@ def finish_output(
     return report
 
 
-def reason_kind(reason: str) -> str:
-    """A reject's reason without its particulars, to count by."""
-    for kind in (
-        "cannot be read",
-        "no caption",
-        "no image",
-        "over the limit",
-        "smaller than",
-        "longer than",
-        "not an image",
-    ):
-        if kind in reason:
-            return kind
-    return reason.split(":", 1)[0]
-
-
-def report_path(out: Path, shard: str) -> Path:
-    return out / _WORK / f"{shard}.json"
-
-
-def read_report(out: Path, shard: str) -> ShardReport | None:
-    data = read_json(report_path(out, shard))
-    if data is None:
-        return None
-    if data["samples"] and not _is_whole(out / shard, data["size_bytes"]):
-        return None  # someone changed or deleted a file since; make the shard again
-    return ShardReport(
-        data["name"],
-        data["samples"],
-        data["size_bytes"],
-        tuple(Reject(**r) for r in data["rejects"]),
-        tuple(Removed(**r) for r in data["removed"]),
-    )
-
-
-def _is_whole(tar: Path, size_bytes: int) -> bool:
-    beside = index_path(tar), table_path(tar)
-    return all(path.exists() for path in (tar, *beside)) and tar.stat().st_size == size_bytes
-
-
 def refuse_lost_shards(out: Path) -> None:
     """Raises DataError where a shard of a finished build is gone."""
     for name in read_json(out / SIZES) or ():
@@ -174,12 +128,3 @@ def refuse_lost_shards(out: Path) -> None:
                 raise DataError(
                     f"{out}: was finished, but {path.name} is gone; name a new folder or delete this one"
                 )
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise DataError(f"{path}: damaged; delete its folder and build again") from error

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_pipelines.building.output import BuildReport
 from data_pipelines.building.plan import BuildOptions, plan_jobs
+from data_pipelines.building.reports import BuildReport
 from data_pipelines.building.run import run_jobs
 from data_pipelines.inputs.items import Inputs, Item, ShardImage
 

@@ -18,16 +18,14 @@ from types import FrameType
 from data_pipelines.building.output import (
     FORMAT_VERSION,
     REPORT,
-    BuildReport,
     claimed,
     finish_output,
-    read_json,
-    read_report,
     refuse_lost_shards,
     refuse_other_plan,
 )
 from data_pipelines.building.plan import BuildOptions, Job
-from data_pipelines.building.shard import ShardReport, build_shard
+from data_pipelines.building.reports import BuildReport, ShardReport, read_json, read_report
+from data_pipelines.building.shard import build_shard
 from data_pipelines.errors import ShardError
 from data_pipelines.inputs.items import Inputs
 from data_pipelines.parallel import exit_with_parent

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.building.output import report_path
 from data_pipelines.building.plan import BuildOptions, Job
+from data_pipelines.building.reports import Reject, Removed, ShardReport, report_path
 from data_pipelines.encode import StoredImage, prepare_image
 from data_pipelines.errors import SampleError, Stopped
 from data_pipelines.files import write_text
@@ -19,28 +19,6 @@ from data_pipelines.inputs.items import Item, ShardImage
 from data_pipelines.inputs.reading import ItemContent, read_item
 from data_pipelines.rights import RIGHTS_COLUMNS
 from data_pipelines.table import Row, describe, image_member, table_path, write_table
-
-
-@dataclass(frozen=True)
-class Reject:
-    origin: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Removed:
-    origin: str
-    entry: str
-    """The line of the removal list."""
-
-
-@dataclass(frozen=True)
-class ShardReport:
-    name: str
-    samples: int
-    size_bytes: int
-    rejects: tuple[Reject, ...]
-    removed: tuple[Removed, ...]
 
 
 def build_shard(

@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from data_pipelines.building.output import REJECTS, REMOVED, BuildReport
+from data_pipelines.building.output import REJECTS, REMOVED
 from data_pipelines.building.plan import BuildOptions
+from data_pipelines.building.reports import BuildReport
 from data_pipelines.encode import Format, ImageOptions, Reencode
 from data_pipelines.errors import DataError
 from data_pipelines.parallel import default_processes

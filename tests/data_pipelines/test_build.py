@@ -23,7 +23,7 @@ from PIL import Image
 
 from data_pipelines.building import run as build_run
 from data_pipelines.building.plan import Job
-from data_pipelines.building.shard import ShardReport
+from data_pipelines.building.reports import ShardReport
 from data_pipelines.cli import main
 from data_pipelines.errors import ShardError
 from data_pipelines.index import load_index

@@ -108,11 +108,10 @@ def test_probes_ask_for_the_samples_caption_against_others(folder: Path) -> None
 
 
 def test_test_scenes_all_differ_even_when_told_the_other_way_round() -> None:
-    scenes = splits.test_doubles(5, 1000)
-    told = {captions.full_caption(s) for s in scenes} | {
-        captions.full_caption(scenes.inverted(s)) for s in scenes
-    }
-    assert len(told) == 2 * len(scenes)
+    doubles = splits.test_doubles(5, 1000)
+    told = {captions.full_caption(scene) for scene in doubles}
+    told |= {captions.full_caption(scenes.inverted(scene)) for scene in doubles}
+    assert len(told) == 2 * len(doubles)
 
 
 def test_more_test_scenes_than_can_differ_are_refused() -> None:
