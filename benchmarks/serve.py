@@ -69,7 +69,8 @@ def write_models(name: str, folder: Path) -> tuple[Path, Path]:
     from safetensors.torch import save_file
 
     from clipstack.config import ModelConfig
-    from clipstack.model import build_model, open_clip_weights
+    from clipstack.model import build_model
+    from clipstack.towers import open_clip_weights
 
     config = ModelConfig(**SMALL) if name == "small" else ModelConfig(name=name)
     model = build_model(config, seed=0)

@@ -13,7 +13,7 @@ PACKAGES = ("clipstack", "serve", "data_pipelines")
 # The spine of the package, from low to high: none of these may import from a layer above its own.
 LAYERS = (
     {"errors", "config", "world"},
-    {"model", "losses", "preprocess"},
+    {"towers", "model", "losses", "preprocess"},
     {"checkpoint", "loading", "zero_shot", "retrieval"},
     {"evaluation"},
     {"training", "evaluate", "embed"},

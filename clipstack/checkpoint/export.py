@@ -37,7 +37,7 @@ from clipstack.checkpoint.weights import fingerprint_of, read_weights, weights_f
 from clipstack.config import parse_recipe
 from clipstack.errors import CheckpointError, ConfigError
 from clipstack.files import whole_folder
-from clipstack.model import ModelRecord
+from clipstack.towers import ModelRecord
 
 
 def export_model(
@@ -55,10 +55,7 @@ def export_model(
     evaluations that do not fit, CheckpointError.
     """
     source, out = Path(run_or_checkpoint), Path(out_dir)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--output {out}: is a file; name a new or empty folder")
-    if out.exists() and any(out.iterdir()) and not (out / CONFIG_FILE).is_file():
-        raise ConfigError(f"--output {out}: holds other files; name a new or empty folder")
+    _check_output(out)
     path = weights_folder(source, prefer_export=False)
     record, max_logit_scale, weights = read_weights(path)
     if average:
@@ -80,17 +77,33 @@ def export_model(
     measured = () if average else run_evaluations(_run_of(path, source), step=about.get("step"))
     facts = _facts(source, record, weights, about, (*measured, *evaluations))
     try:
-        with whole_folder(out) as beside:
-            save_file(weights, beside / WEIGHTS_FILE)
-            (beside / CONFIG_FILE).write_text(record.to_json() + "\n", encoding="utf-8")
-            # safetensors lets the owner alone read; a server under another account needs what others get.
-            (beside / WEIGHTS_FILE).chmod((beside / CONFIG_FILE).stat().st_mode)
-            (beside / RECORD_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-            (beside / MODEL_CARD).write_text(model_card(facts), encoding="utf-8")
-            (beside / DATA_CARD).write_text(data_card(facts), encoding="utf-8")
+        texts = {
+            CONFIG_FILE: record.to_json() + "\n",
+            RECORD_FILE: json.dumps(about, indent=2) + "\n",
+            MODEL_CARD: model_card(facts),
+            DATA_CARD: data_card(facts),
+        }
+        _write(out, weights, texts)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{out}: could not be written ({error}); make room and export again") from error
     return out
+
+
+def _check_output(out: Path) -> None:
+    """Raises ConfigError for a place that is no earlier export and not free."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--output {out}: is a file; name a new or empty folder")
+    if out.exists() and any(out.iterdir()) and not (out / CONFIG_FILE).is_file():
+        raise ConfigError(f"--output {out}: holds other files; name a new or empty folder")
+
+
+def _write(out: Path, weights: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
+    with whole_folder(out) as beside:
+        save_file(dict(weights), beside / WEIGHTS_FILE)
+        for name, text in texts.items():
+            (beside / name).write_text(text, encoding="utf-8")
+        # safetensors lets the owner alone read; a server under another account needs what others get.
+        (beside / WEIGHTS_FILE).chmod((beside / CONFIG_FILE).stat().st_mode)
 
 
 def _facts(

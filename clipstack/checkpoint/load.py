@@ -10,12 +10,19 @@ from typing import Any, cast
 import clipstack.torchvision_compat  # noqa: F401  isort: skip  (has to precede open_clip)
 import open_clip
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from clipstack.checkpoint.weights import DEFAULT_MAX_LOGIT_SCALE, fingerprint_of, read_weights, weights_folder
+from clipstack.checkpoint.weights import (
+    DEFAULT_MAX_LOGIT_SCALE,
+    FoundWeights,
+    fingerprint_of,
+    read_weights,
+    weights_folder,
+)
 from clipstack.errors import ConfigError
-from clipstack.model import (
-    ClipModel,
+from clipstack.model import ClipModel
+from clipstack.preprocess import Preprocess
+from clipstack.towers import (
     ModelRecord,
     build_towers,
     load_open_clip_weights,
@@ -24,7 +31,6 @@ from clipstack.model import (
     open_clip_weights,
     record_of_tables,
 )
-from clipstack.preprocess import Preprocess
 from data_pipelines.sources import did_you_mean
 
 
@@ -60,49 +66,36 @@ def load_model(
     open_clip name, with `pretrained` a tag or a weights file; an open_clip name without one gives random
     weights. Raises ConfigError for an unknown name, CheckpointError for a folder that cannot be read.
     """
-    where = Path(path_or_name)
-    name = str(path_or_name)
+    where, name = Path(path_or_name), str(path_or_name)
+    is_random = False
     if where.is_dir():
-        if pretrained is not None:
-            raise ConfigError(
-                f"pretrained = {pretrained!r}: {where} has weights of its own; drop one of the two"
-            )
-        record, max_logit_scale, weights = read_weights(weights_folder(where, prefer_export=True))
-        return _assemble(name, record, max_logit_scale, weights, device=device, dtype=dtype)
-    if where.exists() or name.startswith((".", "/", "~")) or name.endswith("/"):
+        _refuse_pretrained(pretrained, str(where))
+        found = read_weights(weights_folder(where, prefer_export=True))
+    elif where.exists() or name.startswith((".", "/", "~")) or name.endswith("/"):
         raise ConfigError(
             f"--model {name}: not a folder; name a run, an exported folder or an open_clip architecture"
         )
-    if name.startswith("hf-hub:"):
-        towers = _from_hub(name, pretrained)
-        record = record_of_tables(
-            open_clip.get_model_config(name), open_clip.get_model_preprocess_cfg(towers)
-        )
-        return _assemble(
-            name, record, DEFAULT_MAX_LOGIT_SCALE, open_clip_weights(towers), device=device, dtype=dtype
-        )
-    if where.parent != Path() and where.parent.is_dir():
+    elif name.startswith("hf-hub:"):
+        _refuse_pretrained(pretrained, name)
+        found = _of_open_clip(_from_hub(name), open_clip.get_model_config(name))
+    elif where.parent != Path() and where.parent.is_dir():
         raise ConfigError(f"--model {name}: no such folder{did_you_mean(where)}")
-    tables = named_tables(name, key="--model", or_folder=True)
-    if pretrained is not None:
-        towers = named_pretrained(name, pretrained)
-        record = record_of_tables(tables, open_clip.get_model_preprocess_cfg(towers))
-        return _assemble(
-            name, record, DEFAULT_MAX_LOGIT_SCALE, open_clip_weights(towers), device=device, dtype=dtype
-        )
-    record = record_of_tables(tables)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        weights = open_clip_weights(build_towers(record))
-    return _assemble(
-        name, record, DEFAULT_MAX_LOGIT_SCALE, weights, device=device, dtype=dtype, is_random=True
-    )
+    else:
+        tables = named_tables(name, key="--model", or_folder=True)
+        if pretrained is not None:
+            found = _of_open_clip(named_pretrained(name, pretrained), tables)
+        else:
+            found, is_random = _random(record_of_tables(tables)), True
+    return _assemble(name, found, device=device, dtype=dtype, is_random=is_random)
 
 
-def _from_hub(name: str, pretrained: str | None) -> nn.Module:
-    """Raises ConfigError."""
+def _refuse_pretrained(pretrained: str | None, name: str) -> None:
     if pretrained is not None:
         raise ConfigError(f"pretrained = {pretrained!r}: {name} has weights of its own; drop one of the two")
+
+
+def _from_hub(name: str) -> nn.Module:
+    """Raises ConfigError."""
     try:
         return cast(nn.Module, open_clip.create_model(name))
     except (RuntimeError, ValueError) as error:  # what open_clip makes of every failure of a download
@@ -110,16 +103,27 @@ def _from_hub(name: str, pretrained: str | None) -> nn.Module:
         raise ConfigError(f"--model {name}: the Hugging Face hub gives no such model ({reason})") from error
 
 
+def _of_open_clip(towers: nn.Module, tables: Mapping[str, Any]) -> FoundWeights:
+    """What open_clip loaded, with the preprocessing that belongs to it."""
+    record = record_of_tables(tables, open_clip.get_model_preprocess_cfg(towers))
+    return FoundWeights(record, DEFAULT_MAX_LOGIT_SCALE, open_clip_weights(towers))
+
+
+def _random(record: ModelRecord) -> FoundWeights:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return FoundWeights(record, DEFAULT_MAX_LOGIT_SCALE, open_clip_weights(build_towers(record)))
+
+
 def _assemble(
     name: str,
-    record: ModelRecord,
-    max_logit_scale: float,
-    weights: Mapping[str, Tensor],
+    found: FoundWeights,
     *,
     device: str | torch.device,
     dtype: torch.dtype | None,
-    is_random: bool = False,
+    is_random: bool,
 ) -> LoadedModel:
+    record, max_logit_scale, weights = found
     bias = float(weights["logit_bias"]) if "logit_bias" in weights else None
     with torch.random.fork_rng(devices=[]):
         towers = build_towers(record, init_logit_bias=bias)

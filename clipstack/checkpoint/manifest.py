@@ -12,6 +12,7 @@ from clipstack.files import sha256_of
 
 
 def write_manifest(folder: Path, step: int) -> None:
+    """Of all files that the folder holds by now. Raises OSError."""
     files = [
         {"path": path.name, "size": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.iterdir())

@@ -27,7 +27,7 @@ from clipstack.checkpoint.layout import (
 from clipstack.checkpoint.manifest import damage, write_manifest
 from clipstack.errors import CheckpointError
 from clipstack.files import whole_folder, write_text
-from clipstack.model import ModelRecord
+from clipstack.towers import ModelRecord
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +24,18 @@ from clipstack.checkpoint.layout import (
 )
 from clipstack.checkpoint.manifest import damage
 from clipstack.errors import CheckpointError, ConfigError
-from clipstack.model import ModelRecord, record_of_tables
+from clipstack.towers import ModelRecord, record_of_tables
 
 DEFAULT_MAX_LOGIT_SCALE = 4.605170185988092  # ln 100
+
+
+class FoundWeights(NamedTuple):
+    """A model that is not built yet. max_logit_scale: the bound of the log scale; tensors: by open_clip's
+    names."""
+
+    record: ModelRecord
+    max_logit_scale: float
+    tensors: Mapping[str, Tensor]
 
 
 def exported_step(export: Path) -> int | None:
@@ -83,8 +93,8 @@ def _has_gone_on(run_dir: Path, exported: int | None) -> bool:
     return exported is not None and newest_step(run_dir) > exported
 
 
-def read_weights(path: Path) -> tuple[ModelRecord, float, dict[str, Tensor]]:
-    """Tables, bound of the log scale, weights. Raises CheckpointError."""
+def read_weights(path: Path) -> FoundWeights:
+    """The model of a checkpoint or an export. Raises CheckpointError."""
     if (path / MANIFEST_FILE).is_file():
         problem = damage(path)
         if problem is not None:
@@ -110,4 +120,4 @@ def read_weights(path: Path) -> tuple[ModelRecord, float, dict[str, Tensor]]:
         raise CheckpointError(
             f"{path}: max_logit_scale is {max_logit_scale!r}, not a number; export the model again"
         )
-    return record, float(max_logit_scale), read_tensors(path / WEIGHTS_FILE)
+    return FoundWeights(record, float(max_logit_scale), read_tensors(path / WEIGHTS_FILE))

@@ -102,4 +102,5 @@ def first_reason(skipped: Skipped, features: Features, num_classes: int) -> str:
 
 
 def source_of(setup: Setup, data: EvalData, templates: str | None) -> Source:
+    """What a report says of its model and data. templates: the name of the prompts, where there are such."""
     return Source(setup.loaded.name, setup.loaded.fingerprint, data.path, data.digest, templates)

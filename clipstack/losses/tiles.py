@@ -132,14 +132,6 @@ def reduce_pairs(
     return out[0], PairSums(*out[1:6]), PairSums(*out[6:11])
 
 
-def dual_lse(u: Tensor, v: Tensor, scale: Tensor, plan: Plan) -> tuple[PairSums, PairSums]:
-    """log sum_{j in Neg(i)} exp(kappa c_ij) of each row over all columns of all ranks, and the same of each
-    column.
-    """
-    _, rows, cols = reduce_pairs(u, v, scale, plan)
-    return rows, cols
-
-
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 

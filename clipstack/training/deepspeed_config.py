@@ -89,6 +89,13 @@ def _owned_by_recipe(recipe: Recipe, world_size: int) -> dict[str, Any]:
 
 
 def _refuse_disagreements(user_config: Mapping[str, Any], owned: Mapping[str, Any], recipe: Recipe) -> None:
+    _check_batch(user_config, owned)
+    _check_optimizer(_user_table(user_config, "optimizer"), recipe)
+    _check_scheduler(_user_table(user_config, "scheduler"))
+    _check_precision(user_config)
+
+
+def _check_batch(user_config: Mapping[str, Any], owned: Mapping[str, Any]) -> None:
     names = {
         "train_batch_size": "train.batch_size",
         "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -102,7 +109,9 @@ def _refuse_disagreements(user_config: Mapping[str, Any], owned: Mapping[str, An
                 f"--deepspeed_config: {key} = {given!r} disagrees with the recipe's {value!r}; "
                 f'set it to "auto" and use {names[key]}'
             )
-    optimizer = _user_table(user_config, "optimizer")
+
+
+def _check_optimizer(optimizer: Mapping[str, Any], recipe: Recipe) -> None:
     if optimizer.get("type", "AdamW").lower() not in ("adam", "adamw", "auto"):
         raise ConfigError(
             f"--deepspeed_config: optimizer.type = {optimizer['type']!r}: the recipe's optimizer is AdamW; "
@@ -110,22 +119,26 @@ def _refuse_disagreements(user_config: Mapping[str, Any], owned: Mapping[str, An
         )
     expected = {"lr": recipe.optim.lr, "betas": list(recipe.optim.betas), "eps": recipe.optim.eps,
                 "weight_decay": recipe.optim.weight_decay}  # fmt: skip
+    params = _user_table(optimizer, "params", inside="optimizer.")
     for key, value in expected.items():
-        given = _user_table(optimizer, "params", inside="optimizer.").get(key, "auto")
+        given = params.get(key, "auto")
         if given not in ("auto", value):
             raise ConfigError(
                 f"--deepspeed_config: optimizer.params.{key} = {given!r} disagrees with the recipe's "
-                f"optim.{key} = {value!r}; "
-                'set it to "auto"'
+                f'optim.{key} = {value!r}; set it to "auto"'
             )
-    scheduler = _user_table(user_config, "scheduler")
+
+
+def _check_scheduler(scheduler: Mapping[str, Any]) -> None:
     for key, given in _user_table(scheduler, "params", inside="scheduler.").items():
         if given != "auto":
             raise ConfigError(
                 f"--deepspeed_config: scheduler.params.{key} = {given!r}: the schedule belongs to the "
-                "recipe; "
-                "remove it and use optim.schedule and optim.warmup_fraction"
+                "recipe; remove it and use optim.schedule and optim.warmup_fraction"
             )
+
+
+def _check_precision(user_config: Mapping[str, Any]) -> None:
     dtype = _user_table(user_config, "torch_autocast").get("dtype", "auto")
     if dtype not in ("auto", "bfloat16", "torch.bfloat16"):
         raise ConfigError(

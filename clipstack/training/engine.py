@@ -34,7 +34,8 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from clipstack.config import Recipe
 from clipstack.losses.types import Embeddings
-from clipstack.model import ClipModel, block_stacks, open_clip_weights, plain_weight
+from clipstack.model import ClipModel
+from clipstack.towers import block_stacks, open_clip_weights, plain_weight
 from clipstack.training.deepspeed_config import deepspeed_config
 from clipstack.training.dropout import key_dropouts
 from clipstack.training.optimizer import make_optimizer

@@ -52,6 +52,7 @@ class Passes(Protocol):
 
 
 def make_passes(encode: Encode, backward: Backward, *, share: int, micro_batch_size: int | None) -> Passes:
+    """share: rows of this rank; micro_batch_size: rows at once, None for all of them."""
     if micro_batch_size is None or micro_batch_size == share:
         return OnePass(encode, backward)
     return GradCache(encode, backward, micro_batch_size)

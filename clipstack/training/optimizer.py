@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from clipstack.config import OptimConfig
 from clipstack.errors import ConfigError
-from clipstack.model import block_stacks
+from clipstack.towers import block_stacks
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:

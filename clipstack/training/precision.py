@@ -59,10 +59,12 @@ def _wait_for(device: torch.device) -> None:
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """What a forward pass in this precision runs under; parameters stay fp32."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def with_precision(recipe: Recipe, precision: str) -> Recipe:
+    """The recipe with `train.precision` set."""
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
 
 

@@ -15,7 +15,8 @@ from clipstack.checkpoint.weights import is_finished
 from clipstack.config import Recipe, parse_recipe, to_toml
 from clipstack.errors import CheckpointError, ConfigError
 from clipstack.files import write_text
-from clipstack.model import ClipModel, load_open_clip_weights
+from clipstack.model import ClipModel
+from clipstack.towers import load_open_clip_weights
 from clipstack.training.precision import with_precision
 from clipstack.training.run_lock import make_folder, unwritable
 

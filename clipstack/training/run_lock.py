@@ -87,6 +87,7 @@ def make_folder(folder: Path, run_dir: Path) -> None:
 
 
 def unwritable(run_dir: Path, error: OSError) -> ConfigError:
+    """The error of a run folder that the disk refuses to write in."""
     return ConfigError(
         f"run.dir = {str(run_dir)!r}: cannot be written ({error}); make room or choose another folder"
     )

@@ -70,6 +70,7 @@ class PatientSink:
 
 
 def open_sinks(run_dir: Path, config: LogConfig) -> list[Sink]:
+    """Those that the recipe asks for. Raises ConfigError where one is not installed."""
     sinks: list[Sink] = []
     if config.tensorboard:
         sinks.append(_TensorBoard(run_dir))
@@ -165,6 +166,7 @@ def wandb_id(run_dir: Path) -> str:
 
 
 def numbers(values: Mapping[str, Any]) -> Sequence[tuple[str, float]]:
+    """What of a log line can be drawn as a curve."""
     return [
         (name, float(value))
         for name, value in values.items()

@@ -78,6 +78,7 @@ def possible_metrics(recipe: Recipe) -> list[str]:
 
 
 def lower_is_better(metric: str) -> bool:
+    """Whether a metric of `possible_metrics` is best where it is least."""
     return metric in ("clip_loss", "ece") or metric.endswith("_median_rank")
 
 

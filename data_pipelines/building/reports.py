@@ -15,12 +15,16 @@ from data_pipelines.table import table_path
 
 @dataclass(frozen=True)
 class Reject:
+    """An item that could not be used."""
+
     origin: str
     reason: str
 
 
 @dataclass(frozen=True)
 class Removed:
+    """An item that the removal list names."""
+
     origin: str
     entry: str
     """The line of the removal list."""
@@ -28,6 +32,8 @@ class Removed:
 
 @dataclass(frozen=True)
 class ShardReport:
+    """What became of the items of one shard."""
+
     name: str
     samples: int
     size_bytes: int
@@ -41,6 +47,8 @@ WORK_FOLDER = ".build"
 
 @dataclass(frozen=True)
 class BuildReport:
+    """The sums over all shards."""
+
     shards: int
     samples: int
     size_bytes: int

@@ -18,16 +18,22 @@ Layout = Literal["auto", "captions", "classes"]
 
 @dataclass(frozen=True, slots=True)
 class FileImage:
+    """A file of its own."""
+
     path: str
 
 
 @dataclass(frozen=True, slots=True)
 class Base64Image:
+    """A text cell of a table."""
+
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class ParquetImage:
+    """A binary cell of a Parquet file."""
+
     path: str
     column: str
     row_group: int
@@ -37,6 +43,8 @@ class ParquetImage:
 
 @dataclass(frozen=True, slots=True)
 class ShardImage:
+    """A sample of a shard."""
+
     tar: str
     members: tuple[tuple[str, Span], ...]
     """Extension and place of each member: all that a worker needs, so that it never loads an index."""
@@ -64,6 +72,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Inputs:
+    """What was found at the paths of a command line."""
+
     items: Sequence[Item]
     described: str
     """One line for people: what was found."""
@@ -76,6 +86,8 @@ class Inputs:
 
 @dataclass(frozen=True)
 class InputOptions:
+    """How paths are read, where they leave it open."""
+
     layout: Layout = "auto"
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     classnames: tuple[str, ...] = ()

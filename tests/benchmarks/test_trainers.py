@@ -30,7 +30,8 @@ from benchmarks.trainers import (
 )
 from clipstack.checkpoint import load_model
 from clipstack.config import load_recipe, parse_recipe
-from clipstack.model import build_model, open_clip_weights
+from clipstack.model import build_model
+from clipstack.towers import open_clip_weights
 from clipstack.training.trainer import lr_at
 
 PEER_LOG_LINE = (

@@ -29,7 +29,8 @@ from clipstack.errors import ConfigError
 from clipstack.loading.train_loader import Batch, TrainLoader
 from clipstack.losses import build_objective
 from clipstack.losses.types import Embeddings, LossOutput
-from clipstack.model import ClipModel, build_model, make_record
+from clipstack.model import ClipModel, build_model
+from clipstack.towers import make_record
 from clipstack.training import engine as engine_module
 from clipstack.training import run_data, run_lock, trainer
 from clipstack.training.dropout import key_dropouts, row_keys

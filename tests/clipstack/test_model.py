@@ -14,7 +14,8 @@ from clipstack.checkpoint import export_model, load_model
 from clipstack.checkpoint.weights import fingerprint_of
 from clipstack.config import ModelConfig
 from clipstack.errors import CheckpointError, ConfigError
-from clipstack.model import build_model, named_pretrained, open_clip_weights
+from clipstack.model import build_model
+from clipstack.towers import named_pretrained, open_clip_weights
 
 import open_clip  # isort: skip  (after clipstack: torchvision may need its stand-in)
 

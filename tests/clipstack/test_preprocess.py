@@ -16,8 +16,8 @@ from PIL import Image
 from torchvision.transforms import functional as torchvision_functional
 
 from clipstack.config import AugmentConfig, ModelConfig
-from clipstack.model import make_record
 from clipstack.preprocess import Preprocess
+from clipstack.towers import make_record
 from clipstack.training.dry_run import _Measuring, cut_captions, decoded
 from data_pipelines.images import crop_box, decode
 

@@ -8,7 +8,8 @@ from typing import Any
 from safetensors.torch import save_file
 
 from clipstack.config import ModelConfig
-from clipstack.model import ClipModel, build_model, open_clip_weights
+from clipstack.model import ClipModel, build_model
+from clipstack.towers import open_clip_weights
 
 TABLES: dict[str, Any] = {
     "embed_dim": 32,

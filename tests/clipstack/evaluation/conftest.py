@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from clipstack.config import ModelConfig
-from clipstack.model import ClipModel, build_model, open_clip_weights
+from clipstack.model import ClipModel, build_model
 from clipstack.preprocess import Preprocess
+from clipstack.towers import open_clip_weights
 from clipstack.zero_shot import classifier
 from data_pipelines.index import Sample, write_shard
 

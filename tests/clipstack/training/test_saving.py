@@ -25,8 +25,8 @@ from clipstack.checkpoint.snapshot import Snapshot, load_snapshot
 from clipstack.config import CheckpointConfig, GuardConfig, load_recipe, to_toml
 from clipstack.errors import CheckpointError, ConfigError
 from clipstack.files import sha256_of
-from clipstack.model import ModelRecord
 from clipstack.run_log import read_jsonl
+from clipstack.towers import ModelRecord
 from clipstack.training.deepspeed_config import deepspeed_config
 from clipstack.training.guard import Guard
 from clipstack.training.reporting import Reporter, Silent

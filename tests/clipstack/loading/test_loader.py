@@ -303,7 +303,7 @@ def test_workers_outlive_signals_and_work_beside_a_parent_with_threads(shards: P
 
 def test_workers_end_with_their_parent(shards: Path) -> None:
     code = f"""
-        import sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})
+        import sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[3])!r})
         import os, signal
         from clipstack.config import DataConfig
         from clipstack.loading.train_loader import TrainLoader
