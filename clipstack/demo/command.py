@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipstack.config import load_recipe
+from clipstack.config import Recipe, load_recipe
 from clipstack.recipes import shipped_recipes
 
 if TYPE_CHECKING:
@@ -41,37 +42,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     run_dir: Path = args.dir
     data = run_dir.with_name(run_dir.name + "-data")
-    first_dir = run_dir.with_name(run_dir.name + "-first")
-    shards = [f"data.train={data}/train-*.tar", f"data.val={data}/val-*.tar"]
-    first, first_overrides = (
-        shipped_recipes()["demo-first"],
-        [f"run.dir={first_dir}", *shards, *args.overrides],
-    )
-    config = shipped_recipes()["demo"]
-    overrides = [f"run.dir={run_dir}", f"model.pretrained={first_dir / 'export'}", *shards, *args.overrides]
-    lessons = (load_recipe(first, first_overrides), load_recipe(config, overrides))
+    lessons = _lessons(run_dir, data, args.overrides)
 
     _say(1, f"Drawing {args.train_samples:,} pictures of coloured shapes with captions into {data}")
     _say(0, "Six pairs of colour and shape are kept out of training altogether: the test shows only those.")
     _make_data(data, args.train_samples)
 
     _say(
-        2,
-        f"Training a ViT and a text transformer from scratch: DeepSpeed, {args.ranks} processes, this CPU",
+        2, f"Training a ViT and a text transformer from scratch: DeepSpeed, {args.ranks} processes, this CPU"
     )
     _say(0, "Some minutes. Interrupt it whenever you like: the same command goes on from there.")
     started = time.monotonic()
-    _say(
-        0,
-        f"First lesson, {lessons[0].train.steps:,} steps: of two things, what stands where, by colour alone.",
-    )
-    code = _train(first, first_overrides, args.ranks)
-    if code != 0:
-        return code
-    _say(0, f"Second lesson, {lessons[1].train.steps:,} steps: whole captions.")
-    code = _train(config, overrides, args.ranks)
-    if code != 0:
-        return code
+    for lesson in lessons:
+        _say(0, f"{lesson.name}, {lesson.recipe.train.steps:,} steps: {lesson.about}.")
+        code = _train(lesson.config, lesson.overrides, args.ranks)
+        if code != 0:
+            return code
     minutes = (time.monotonic() - started) / 60
 
     _say(3, "Examining the model on pictures whose colour and shape never met in training")
@@ -80,8 +66,9 @@ def run(args: argparse.Namespace) -> int:
 
     examined = examine(run_dir / "export", data)
     print(as_table(examined.scores))
+    recipes = [lesson.recipe for lesson in lessons]
     page = write_page(
-        run_dir / "report.html", run_dir, examined, lessons, num_pictures=args.train_samples, minutes=minutes
+        run_dir / "report.html", run_dir, examined, recipes, num_pictures=args.train_samples, minutes=minutes
     )
 
     _say(4, f"Done. Open {page} to see what it learned, as pictures and curves.")
@@ -89,6 +76,38 @@ def run(args: argparse.Namespace) -> int:
     if args.serve:
         return subprocess.call([sys.executable, "-m", "clipstack.cli", "serve", "--model", str(run_dir)])
     return 0
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One training. recipe: what `config` is with `overrides`."""
+
+    name: str
+    about: str
+    config: Path
+    overrides: Sequence[str]
+    recipe: Recipe
+
+
+def _lessons(run_dir: Path, data: Path, overrides: Sequence[str]) -> tuple[Lesson, Lesson]:
+    """The first, beside the run folder, and the second, which starts from its weights. Raises ConfigError."""
+    first_dir = run_dir.with_name(run_dir.name + "-first")
+    shards = [f"data.train={data}/train-*.tar", f"data.val={data}/val-*.tar"]
+
+    def lesson(name: str, about: str, config: str, *own: str) -> Lesson:
+        path, values = shipped_recipes()[config], [*own, *shards, *overrides]
+        return Lesson(name, about, path, values, load_recipe(path, values))
+
+    return (
+        lesson(
+            "First lesson", "of two things, what stands where, by colour alone",
+            "demo-first", f"run.dir={first_dir}",
+        ),
+        lesson(
+            "Second lesson", "whole captions",
+            "demo", f"run.dir={run_dir}", f"model.pretrained={first_dir / 'export'}",
+        ),
+    )  # fmt: skip
 
 
 def _say(number: int, line: str) -> None:

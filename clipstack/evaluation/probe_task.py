@@ -22,7 +22,7 @@ def probe_report(
     Labels are the data's own numbers, except between two trees, whose classes are matched by their folders'
     names. Raises ConfigError for a class that only the test data have.
     """
-    from clipstack.evaluation.probes import knn_accuracy, linear_probe_accuracy
+    from clipstack.evaluation.probes import knn_hits, linear_probe_hits
 
     numbers = _numbers_in(train, test)
     train_features, train_skipped = encode_data(setup, train, with_texts=False)
@@ -38,8 +38,8 @@ def probe_report(
 
     def fit() -> tuple[Any, Any]:
         return (
-            linear_probe_accuracy(train_x, train_y, x, y, inverse_penalty=inverse_penalty),
-            knn_accuracy(train_x, train_y, x, y, neighbours=neighbours),
+            linear_probe_hits(train_x, train_y, x, y, inverse_penalty=inverse_penalty),
+            knn_hits(train_x, train_y, x, y, neighbours=neighbours),
         )
 
     linear, nearest = setup.world.from_main(fit)

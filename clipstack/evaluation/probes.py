@@ -17,7 +17,7 @@ Hits = npt.NDArray[np.bool_]
 MAX_ITERATIONS = 1000
 
 
-def linear_probe_accuracy(
+def linear_probe_hits(
     train_x: Features, train_y: Labels, x: Features, y: Labels, *, inverse_penalty: float
 ) -> Hits:
     """(N,) whether logistic regression on (M, D) training features is right about each of (N, D). L-BFGS, L2
@@ -42,7 +42,7 @@ def linear_probe_accuracy(
     return hits
 
 
-def knn_accuracy(train_x: Features, train_y: Labels, x: Features, y: Labels, *, neighbours: int) -> Hits:
+def knn_hits(train_x: Features, train_y: Labels, x: Features, y: Labels, *, neighbours: int) -> Hits:
     """(N,) whether the majority of the most similar training features is of the right class."""
     sklearn = _sklearn()
     if neighbours > len(train_x):
