@@ -1,27 +1,20 @@
-"""Shards go both ways: others' are read unchanged, and ours are read by plain webdataset and open_clip's
-trainer."""
+"""The loaders read others' shards unchanged; tests/data_pipelines/test_interop.py has ours read by others."""
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import tarfile
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
-import open_clip
-import pytest
-import webdataset
 from PIL import Image
 
 from clipstack.config import DataConfig
-from clipstack.loading.eval_loader import EvalLoader
+from clipstack.loading.eval_loader import EvalLoader, ShardSamples
 from clipstack.loading.train_loader import TrainLoader
 from clipstack.preprocess import Preprocess
 from clipstack.world import World
-from data_pipelines.index import Sample, write_shard
 
 PREPROCESS = Preprocess(image_size=(16, 16), mean=(0.5,) * 3, std=(0.25,) * 3, context_length=12)
 
@@ -37,51 +30,6 @@ def add(tar: tarfile.TarFile, name: str, payload: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size, info.mtime, info.uname, info.gname = len(payload), 1_700_000_000, "bigdata", "bigdata"
     tar.addfile(info, io.BytesIO(payload))
-
-
-@pytest.fixture
-def ours(tmp_path: Path) -> Path:
-    folder = tmp_path / "ours"
-    folder.mkdir()
-    for shard in range(4):
-        rows = [
-            Sample(f"{shard}{i:03}", {"jpg": jpeg(i), "txt": f"caption {i}".encode(), "cls": b"2"})
-            for i in range(8)
-        ]
-        write_shard(folder / f"{shard:05}.tar", rows)
-    return folder
-
-
-def test_plain_webdataset_reads_our_shards(ours: Path) -> None:
-    samples = list(webdataset.WebDataset(str(ours / "{00000..00003}.tar"), shardshuffle=False))
-    assert [sample["__key__"] for sample in samples] == [f"{s}{i:03}" for s in range(4) for i in range(8)]
-    assert [(sample["jpg"], sample["txt"], sample["cls"]) for sample in samples] == [
-        (jpeg(i), f"caption {i}".encode(), b"2") for _ in range(4) for i in range(8)
-    ]
-
-
-def test_open_clips_trainer_reads_our_shards(ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = pytest.importorskip("open_clip_train.data", reason="open_clip's trainer needs pandas")
-    from webdataset.tariterators import tar_file_expander
-
-    # Newer webdataset marks the end of each shard, which open_clip's own grouping of members does not expect.
-    monkeypatch.setattr(trainer, "tar_file_expander", functools.partial(tar_file_expander, eof_value=None))
-    args = Namespace(
-        train_data=str(ours / "{00000..00003}.tar"),
-        train_num_samples=32,
-        train_data_upsampling_factors=None,
-        dataset_resampled=False,
-        seed=1,
-        batch_size=8,
-        world_size=1,
-        workers=1,
-    )
-    transform = open_clip.image_transform(16, is_train=True)
-    tokenizer = open_clip.SimpleTokenizer(context_length=12)
-    data = trainer.get_wds_dataset(args, transform, True, tokenizer=tokenizer)
-    rows = [tuple(row) for _, texts in data.dataloader for row in texts.tolist()]
-    expected = [tuple(row) for row in tokenizer([f"caption {i}" for i in range(8)]).tolist()]
-    assert sorted(rows) == sorted(expected * 4)
 
 
 def test_img2dataset_output_is_read_unchanged(tmp_path: Path) -> None:
@@ -128,8 +76,6 @@ def test_clip_benchmark_folders_are_read_unchanged(tmp_path: Path) -> None:
                 buffer = io.BytesIO()
                 Image.open(io.BytesIO(jpeg(i))).save(buffer, "WEBP", lossless=True)
                 add(tar, f"s{shard * 5 + i:07}.webp", buffer.getvalue())
-    from clipstack.loading.eval_loader import ShardSamples
-
     samples = ShardSamples((str(split),), DataConfig(train="."), captions="ignored")
     source = EvalLoader(samples, preprocess=PREPROCESS, batch_size=4, world=World(), workers=0)
     rows = [
