@@ -27,6 +27,9 @@ def tree() -> str:
     lines = ["# The tree", "", "One line a file: the first sentence of the file itself.", ""]
     for package in PACKAGES:
         lines += [f"## {package}/", ""]
+        face = ROOT / package / "__init__.py"
+        if face.exists():
+            lines += [first_sentence(face), ""]
         for path in sorted((ROOT / package).glob("*.py")):
             if path.name != "__init__.py":
                 lines.append(f"- `{path.name}`: {first_sentence(path)}")
