@@ -36,8 +36,9 @@ from clipstack.loading.eval_loader import EvalBatch, EvalLoader, ShardSamples
 from clipstack.stopping import STOPPED, StopRequest
 from clipstack.world import World, joined_world
 from data_pipelines.files import replacing
+from data_pipelines.index.finding import ensure_summary
 from data_pipelines.progress import Progress
-from data_pipelines.sources import ensure_summary, expand, shard_name
+from data_pipelines.sources import expand, shard_name
 from data_pipelines.stream.quarantine import BadSample
 
 FORMAT = 2

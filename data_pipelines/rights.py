@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import DataError
-from data_pipelines.index import DIGEST_BYTES, IMAGE_EXTENSIONS, ShardIndex
+from data_pipelines.index.shard_index import DIGEST_BYTES, IMAGE_EXTENSIONS, ShardIndex
 
 RIGHTS_COLUMNS = ("source", "author", "licence", "url")
 ALIASES = {"license": "licence", "LICENSE": "licence", "URL": "url"}

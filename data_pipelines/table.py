@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from data_pipelines.encode import image_size, perceptual_hash
 from data_pipelines.errors import SampleError, ShardError
 from data_pipelines.files import whole_file
-from data_pipelines.index import IMAGE_EXTENSIONS, Sample
+from data_pipelines.index import Sample
+from data_pipelines.index.shard_index import IMAGE_EXTENSIONS
 from data_pipelines.rights import ALIASES, RIGHTS_COLUMNS, rights_of_json
 
 # polars is imported where it is used: the base install checks shards that have no tables.

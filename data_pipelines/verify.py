@@ -16,20 +16,16 @@ from typing import Any, Literal
 
 from data_pipelines.errors import DataError, SampleError, ShardError
 from data_pipelines.images import MAX_IMAGE_PIXELS, decode
-from data_pipelines.index import (
-    IndexBuilder,
-    Sample,
-    ShardIndex,
-    ShardWriter,
-    Span,
-    decode_index,
-    payload_digest,
-    split_name,
-)
+from data_pipelines.index import Sample
+from data_pipelines.index.finding import find_index
+from data_pipelines.index.format import decode_index
+from data_pipelines.index.indexing import IndexBuilder
+from data_pipelines.index.shard_index import ShardIndex, Span, payload_digest, split_name
+from data_pipelines.index.writer import ShardWriter
 from data_pipelines.inputs.shards import shard_columns
 from data_pipelines.parallel import map_processes
 from data_pipelines.progress import Progress
-from data_pipelines.sources import LocalFile, find_index
+from data_pipelines.sources import LocalFile
 from data_pipelines.table import (
     Row,
     describe,

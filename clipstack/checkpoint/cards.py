@@ -13,8 +13,9 @@ from clipstack.config import DataConfig, Recipe
 from clipstack.errors import ClipstackError
 from clipstack.run_log import EVAL_FILE, QUARANTINE_FILE, read_jsonl
 from data_pipelines.errors import DataError
+from data_pipelines.index.finding import ensure_index
 from data_pipelines.rights import load_removal_list
-from data_pipelines.sources import ensure_index, is_pipe, is_remote
+from data_pipelines.sources import is_pipe, is_remote
 from data_pipelines.stream import make_manifest
 from data_pipelines.stream.manifest import Manifest, ShardEntry
 from data_pipelines.stream.reader import removed_of

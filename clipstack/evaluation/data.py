@@ -13,8 +13,9 @@ from clipstack.errors import ConfigError, DataError, SampleError, ShardError
 from clipstack.loading.eval_loader import EvalSamples, ShardSamples
 from clipstack.templates import check_template, read_lines
 from data_pipelines.images import MAX_IMAGE_PIXELS
-from data_pipelines.index import IMAGE_EXTENSIONS
-from data_pipelines.sources import ensure_summary, expand, is_remote, shard_name
+from data_pipelines.index.finding import ensure_summary
+from data_pipelines.index.shard_index import IMAGE_EXTENSIONS
+from data_pipelines.sources import expand, is_remote, shard_name
 from data_pipelines.stream.quarantine import BadSample
 from data_pipelines.stream.samples import RawSample
 

@@ -23,7 +23,7 @@ from data_pipelines.building.reports import (
 )
 from data_pipelines.errors import DataError
 from data_pipelines.files import write_text
-from data_pipelines.index import index_path
+from data_pipelines.index.shard_index import index_path
 from data_pipelines.inputs.items import Inputs
 from data_pipelines.table import table_path
 

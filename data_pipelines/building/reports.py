@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import DataError
-from data_pipelines.index import index_path
+from data_pipelines.index.shard_index import index_path
 from data_pipelines.table import table_path
 
 

@@ -14,7 +14,8 @@ from data_pipelines.building.reports import Reject, Removed, ShardReport, report
 from data_pipelines.encode import StoredImage, prepare_image
 from data_pipelines.errors import SampleError, Stopped
 from data_pipelines.files import write_text
-from data_pipelines.index import Sample, ShardWriter
+from data_pipelines.index import Sample
+from data_pipelines.index.writer import ShardWriter
 from data_pipelines.inputs.items import Item, ShardImage
 from data_pipelines.inputs.reading import ItemContent, read_item
 from data_pipelines.rights import RIGHTS_COLUMNS

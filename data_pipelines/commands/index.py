@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 
 from data_pipelines.errors import DataError, ShardError
+from data_pipelines.index.finding import ensure_index, find_index
 from data_pipelines.parallel import default_processes, map_processes
 from data_pipelines.progress import Progress
-from data_pipelines.sources import ensure_index, expand_all, find_index, is_pipe, size_bytes
+from data_pipelines.sources import expand_all, is_pipe, size_bytes
 
 
 @dataclass(frozen=True)

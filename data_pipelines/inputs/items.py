@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from data_pipelines.index import Span
+from data_pipelines.index.shard_index import Span
 
 DEFAULT_TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "an image of a {}.")
 Layout = Literal["auto", "captions", "classes"]

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import DataError, SampleError, ShardError
-from data_pipelines.index import ShardIndex, build_index, decode_index, payload_digest
+from data_pipelines.index import build_index
+from data_pipelines.index.finding import find_index
+from data_pipelines.index.format import decode_index
+from data_pipelines.index.shard_index import ShardIndex, payload_digest
 from data_pipelines.inputs.items import Inputs, Item, ShardImage
-from data_pipelines.sources import LocalFile, did_you_mean, expand, find_index, is_pipe, is_remote
+from data_pipelines.sources import LocalFile, did_you_mean, expand, is_pipe, is_remote
 from data_pipelines.table import CARRIED, foreign_columns, read_table
 
 

@@ -11,8 +11,9 @@ from functools import cached_property
 from pathlib import Path
 
 from data_pipelines.errors import DataError
+from data_pipelines.index.finding import ensure_summary
 from data_pipelines.order import Order, OrderParams
-from data_pipelines.sources import ensure_summary, expand_all, is_pipe, is_remote, shard_name, size_bytes
+from data_pipelines.sources import expand_all, is_pipe, is_remote, shard_name, size_bytes
 from data_pipelines.stream.quarantine import BadSample
 
 

@@ -10,9 +10,11 @@ from itertools import accumulate
 from pathlib import Path
 
 from data_pipelines.errors import SampleError, ShardError
-from data_pipelines.index import ShardIndex, Span, decode_index
+from data_pipelines.index.finding import ensure_index, find_index
+from data_pipelines.index.format import decode_index
+from data_pipelines.index.shard_index import ShardIndex, Span
 from data_pipelines.rights import RemovalList, removed_samples, shard_urls
-from data_pipelines.sources import LocalFile, RemoteFile, ShardFile, ensure_index, find_index, is_remote
+from data_pipelines.sources import LocalFile, RemoteFile, ShardFile, is_remote
 from data_pipelines.stream.manifest import Manifest, ShardEntry
 from data_pipelines.stream.samples import RawSample, ReadOptions, RemovedError, parse_sample
 from data_pipelines.tar import checksum

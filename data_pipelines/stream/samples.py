@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from data_pipelines.errors import SampleError
 from data_pipelines.images import MAX_IMAGE_PIXELS
-from data_pipelines.index import IMAGE_EXTENSIONS, payload_digest
+from data_pipelines.index.shard_index import IMAGE_EXTENSIONS, payload_digest
 from data_pipelines.rights import EMPTY, RemovalList, rights_of_json
 
 MAX_CLASS_INDEX = 2**31 - 1

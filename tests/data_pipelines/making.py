@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipelines.index import Sample, ShardIndex, write_shard
+from data_pipelines.index import Sample, write_shard
+from data_pipelines.index.shard_index import ShardIndex
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED_DATA = REPOSITORY / "../shared/data"

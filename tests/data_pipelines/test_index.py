@@ -13,18 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipelines.errors import ShardError
-from data_pipelines.index import (
-    MAGIC,
-    Sample,
-    ShardWriter,
-    build_index,
-    decode_index,
-    index_path,
-    load_index,
-    split_name,
-    summarize_index,
-    write_shard,
-)
+from data_pipelines.index import Sample, build_index, load_index, write_shard
+from data_pipelines.index.format import MAGIC, decode_index, summarize_index
+from data_pipelines.index.shard_index import index_path, split_name
+from data_pipelines.index.writer import ShardWriter
 from data_pipelines.tar import checksum
 
 SAMPLES = [

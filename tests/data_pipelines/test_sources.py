@@ -16,9 +16,11 @@ import pytest
 
 from data_pipelines.cache import NodeShare, Prefetcher, Schedule, ShardCache, local_share
 from data_pipelines.errors import DataError, ShardError
-from data_pipelines.index import Sample, index_path, load_index, write_shard
+from data_pipelines.index import Sample, load_index, write_shard
+from data_pipelines.index.finding import cached_index_path, ensure_index
+from data_pipelines.index.shard_index import index_path
 from data_pipelines.order import OrderParams
-from data_pipelines.sources import RemoteFile, cached_index_path, ensure_index, expand, size_bytes
+from data_pipelines.sources import RemoteFile, expand, size_bytes
 from data_pipelines.stream import Reader, ReadOptions, make_manifest
 from data_pipelines.stream.manifest import Manifest
 

@@ -20,15 +20,9 @@ import pytest
 from PIL import Image
 
 from data_pipelines.errors import DataError, SampleError, ShardError
-from data_pipelines.index import (
-    Sample,
-    ShardIndex,
-    build_index,
-    index_path,
-    load_index,
-    save_index,
-    write_shard,
-)
+from data_pipelines.index import Sample, build_index, load_index, write_shard
+from data_pipelines.index.format import save_index
+from data_pipelines.index.shard_index import ShardIndex, index_path
 from data_pipelines.order import OrderParams
 from data_pipelines.rights import RemovalList, load_removal_list
 from data_pipelines.stream import Reader, ReadOptions, make_manifest

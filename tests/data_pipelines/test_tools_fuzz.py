@@ -10,7 +10,7 @@ import webdataset
 
 from data_pipelines.encode import ImageOptions, perceptual_hash, prepare_image
 from data_pipelines.errors import SampleError
-from data_pipelines.index import index_path
+from data_pipelines.index.shard_index import index_path
 from data_pipelines.verify import VerifyOptions, check_shard
 from tests.data_pipelines.making import encoded, jpeg, picture, plain_shard
 

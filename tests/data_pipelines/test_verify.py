@@ -13,7 +13,8 @@ import pytest
 import webdataset
 
 from data_pipelines.cli import main
-from data_pipelines.index import Sample, build_index, index_path, load_index, write_shard
+from data_pipelines.index import Sample, build_index, load_index, write_shard
+from data_pipelines.index.shard_index import index_path
 from data_pipelines.tar import TarWriter
 from data_pipelines.verify import ShardCheck, VerifyOptions, check_shard
 from tests.data_pipelines.making import SHARED_DATA, contents, huge_png, image_folder, jpeg, plain_shard

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.cli import main
-from data_pipelines.index import Sample, ShardIndex, build_index, index_path, load_index, write_shard
+from data_pipelines.index import Sample, build_index, load_index, write_shard
+from data_pipelines.index.shard_index import ShardIndex, index_path
 from tests.clipstack.training_runs import metrics, write_recipe
 from tests.data_pipelines.making import REPOSITORY, SHARED_DATA, huge_png
 
