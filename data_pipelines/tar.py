@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -23,6 +23,8 @@ MAX_MEMBER_BYTES = 256 * 2**20
 _ZERO = bytes(BLOCK)
 _WORDS = np.dtype("<u8")
 _REGULAR = (b"0", b"\0", b"7")
+_EXTENSIONS = (b"L", b"K", b"x")  # GNU's long name and long link, pax
+_NO_END_MARK = "the archive ends without its end mark: it was cut here"
 _CHECKSUM = slice(148, 156)
 
 
@@ -82,89 +84,111 @@ def walk(stream: Readable) -> Iterator[Member | Damage]:
     that must not be used: a path that leaves the archive, more than MAX_MEMBER_BYTES, a name over
     MAX_NAME_BYTES.
     """
-    offset = 0
-    start = 0  # of the current member, its extension headers included
-    head = b""
-    long_name: str | None = None
-    long_size: int | None = None
-    lost = False  # looking for the next sound header
+    return _Walk(stream).items()
 
-    def forget(at: int) -> None:
-        nonlocal start, head, long_name, long_size
-        start, head, long_name, long_size = at, b"", None, None
 
-    while True:
-        block = stream.read(BLOCK)
+class _Walk:
+    """Where a walk is, and what it knows of the member that it stands at."""
+
+    def __init__(self, stream: Readable) -> None:
+        self._stream = stream
+        self._offset = 0
+        self._lost = False  # looking for the next sound header
+        self._begin_member()
+
+    def _begin_member(self) -> None:
+        self._start = self._offset  # extension headers included
+        self._head = b""
+        self._long_name: str | None = None
+        self._long_size: int | None = None
+
+    def items(self) -> Iterator[Member | Damage]:
+        while (block := (yield from self._next_block())) is not None:
+            header = _parse(block)
+            if header is None:
+                if not self._lost:
+                    yield Damage(self._offset, "a header that does not match its checksum")
+                self._lost = True
+                self._offset += BLOCK
+                self._begin_member()
+                continue
+            self._lost = False
+            self._head += block
+            self._offset += BLOCK
+            size = header.size if self._long_size is None else self._long_size
+            if size > MAX_MEMBER_BYTES:
+                limit = f"{size} bytes, over the limit of {MAX_MEMBER_BYTES}"
+                yield Damage(self._start, f"member {header.name[:80]!r}: {limit}")
+                skipped = _skip(self._stream, _padded(size))
+                self._offset += skipped
+                if skipped < _padded(size):
+                    yield Damage(self._offset, "the archive ends inside a payload: it was cut here")
+                    return
+                self._begin_member()
+                continue
+            body = self._stream.read(_padded(size)) if size else b""
+            if len(body) < _padded(size):
+                name = self._long_name or header.name
+                yield Damage(
+                    self._offset, f"the archive ends inside the payload of {name!r}: it was cut here"
+                )
+                return
+            if header.kind in _EXTENSIONS:
+                yield from self._extend(header.kind, body, size)
+            else:
+                yield from self._end_member(header, body, size)
+
+    def _next_block(self) -> Generator[Damage, None, bytes | None]:
+        """The next block that is not zero; None at the end of the archive."""
+        block = self._stream.read(BLOCK)
         if len(block) < BLOCK:
-            yield Damage(offset, "the archive ends without its end mark: it was cut here")
-            return
-        if block == _ZERO:
-            length, rest = _skip_zeros(stream)
-            offset += length + BLOCK
-            if not rest:
-                if length + BLOCK < 2 * BLOCK:
-                    yield Damage(offset, "the archive ends without its end mark: it was cut here")
+            yield Damage(self._offset, _NO_END_MARK)
+            return None
+        if block != _ZERO:
+            return block
+        more, block = _skip_zeros(self._stream)
+        num_zeros = BLOCK + more
+        self._offset += num_zeros
+        if not block:
+            if num_zeros < 2 * BLOCK:
+                yield Damage(self._offset, _NO_END_MARK)
+            return None
+        if len(block) < BLOCK:
+            yield Damage(self._offset, "the archive ends inside a block: it was cut here")
+            return None
+        if not self._lost:
+            yield Damage(self._offset - num_zeros, f"{num_zeros} zero bytes with data behind them")
+        self._lost = True
+        self._begin_member()
+        return block
+
+    def _extend(self, kind: bytes, body: bytes, size: int) -> Iterator[Damage]:
+        """Take up an extension header, which tells of the member behind it."""
+        self._head += body
+        self._offset += len(body)
+        if kind == b"L":
+            self._long_name = body[:size].rstrip(b"\0").decode("utf-8", "surrogateescape")
+        elif kind == b"x":
+            records = _pax_records(body[:size])
+            if records is None:
+                yield Damage(self._start, "a pax header that cannot be read")
+                self._begin_member()
                 return
-            if len(rest) < BLOCK:
-                yield Damage(offset, "the archive ends inside a block: it was cut here")
-                return
-            if not lost:
-                yield Damage(offset - length - BLOCK, f"{length + BLOCK} zero bytes with data behind them")
-            lost = True
-            block = rest
-            forget(offset)
-        header = _parse(block)
-        if header is None:
-            if not lost:
-                yield Damage(offset, "a header that does not match its checksum")
-            lost = True
-            offset += BLOCK
-            forget(offset)
-            continue
-        lost = False
-        head += block
-        offset += BLOCK
-        size = header.size if long_size is None else long_size
-        if size > MAX_MEMBER_BYTES:
-            yield Damage(
-                start, f"member {header.name[:80]!r}: {size} bytes, over the limit of {MAX_MEMBER_BYTES}"
-            )
-            skipped = _skip(stream, _padded(size))
-            offset += skipped
-            if skipped < _padded(size):
-                yield Damage(offset, "the archive ends inside a payload: it was cut here")
-                return
-            forget(offset)
-            continue
-        body = stream.read(_padded(size)) if size else b""
-        payload = body[:size]
-        if len(body) < _padded(size):
-            name = long_name or header.name
-            yield Damage(offset, f"the archive ends inside the payload of {name!r}: it was cut here")
-            return
-        if header.kind in (b"L", b"K", b"x"):
-            head += body
-            offset += len(body)
-            if header.kind == b"L":
-                long_name = payload.rstrip(b"\0").decode("utf-8", "surrogateescape")
-            elif header.kind == b"x":
-                records = _pax_records(payload)
-                if records is None:
-                    yield Damage(start, "a pax header that cannot be read")
-                    forget(offset)
-                    continue
-                long_name = records.get("path", long_name)
-                long_size = int(records["size"]) if records.get("size", "").isdigit() else long_size
-            continue
-        name = header.name if long_name is None else long_name
+            self._long_name = records.get("path", self._long_name)
+            if records.get("size", "").isdigit():
+                self._long_size = int(records["size"])
+
+    def _end_member(self, header: _Header, body: bytes, size: int) -> Iterator[Member | Damage]:
+        name = header.name if self._long_name is None else self._long_name
         if header.kind in _REGULAR:
             refusal = refuse_name(name)
             if refusal:
-                yield Damage(start, refusal)
+                yield Damage(self._start, refusal)
             elif not name.endswith("/"):
-                yield Member(name, start, offset, payload, checksum(head + body))
-        offset += len(body)
-        forget(offset)
+                check = checksum(self._head + body)
+                yield Member(name, self._start, self._offset, body[:size], check)
+        self._offset += len(body)
+        self._begin_member()
 
 
 def refuse_name(name: str) -> str | None:
