@@ -41,7 +41,7 @@ from PIL import Image  # noqa: E402 # isort: skip
 from torchvision.transforms import Compose, InterpolationMode, Normalize, ToTensor  # noqa: E402 # isort: skip
 from torchvision.transforms import functional as F  # noqa: E402 # isort: skip
 
-from clipstack.config import AugmentConfig, DataConfig  # noqa: E402
+from clipstack.config.models import AugmentConfig, DataConfig  # noqa: E402
 from clipstack.loading.train_loader import TrainLoader  # noqa: E402
 from clipstack.preprocess import Preprocess  # noqa: E402
 from clipstack.world import World  # noqa: E402

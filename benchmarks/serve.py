@@ -68,7 +68,7 @@ def write_models(name: str, folder: Path) -> tuple[Path, Path]:
     """The same random weights as an exported folder and as a Hugging Face CLIP folder."""
     from safetensors.torch import save_file
 
-    from clipstack.config import ModelConfig
+    from clipstack.config.models import ModelConfig
     from clipstack.model import build_model
     from clipstack.towers import open_clip_weights
 

@@ -283,7 +283,7 @@ def gpu_summary(results: Mapping[str, Any]) -> str:
     peak."""
     import torch
 
-    from clipstack.config import ModelConfig
+    from clipstack.config.models import ModelConfig
     from clipstack.model import build_model
     from clipstack.training.flops import flops_per_pair, peak_flops
 

@@ -160,7 +160,7 @@ def peer_line(line: str, *, batch_size: int) -> StepLine | None:
 
 def export_peer(checkpoint: Path, model: Table, out: Path) -> Path:
     """open_clip's training checkpoint as a model folder that both open_clip and `clipstack eval` load."""
-    from clipstack.config import ModelConfig
+    from clipstack.config.models import ModelConfig
     from clipstack.towers import make_record
 
     import torch  # isort: skip

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 
 from clipstack.checkpoint import load_model
-from clipstack.config import DataConfig
+from clipstack.config.models import DataConfig
 from clipstack.errors import ConfigError, DataError, ShardError
 from clipstack.evaluation.arguments import add_model_arguments
 from clipstack.evaluation.data import by_number

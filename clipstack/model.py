@@ -12,7 +12,7 @@ from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clipstack.config import ModelConfig
+from clipstack.config.models import ModelConfig
 from clipstack.losses.types import Embeddings
 from clipstack.towers import (
     ModelRecord,

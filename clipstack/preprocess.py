@@ -22,7 +22,7 @@ from torch import Tensor  # isort: skip
 from torchvision.transforms import Compose, InterpolationMode, v2  # isort: skip
 from torchvision.transforms.v2 import functional as F  # isort: skip
 
-from clipstack.config import AugmentConfig
+from clipstack.config.models import AugmentConfig
 from data_pipelines.images import draw_geometry
 
 CACHED_CAPTIONS = 2**16

@@ -19,7 +19,7 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from clipstack.config import ModelConfig
+from clipstack.config.models import ModelConfig
 from clipstack.errors import CheckpointError, ConfigError
 
 

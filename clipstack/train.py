@@ -29,7 +29,8 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from clipstack.config import Recipe, help_config, load_recipe
+from clipstack.config import Recipe, load_recipe
+from clipstack.config.help import help_config
 from clipstack.errors import ClipstackError, ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
-    *("clipstack", "clipstack/checkpoint", "clipstack/demo", "clipstack/evaluation", "clipstack/loading"),
-    *("clipstack/losses", "clipstack/training", "data_pipelines"),
+    *("clipstack", "clipstack/checkpoint", "clipstack/config", "clipstack/demo", "clipstack/evaluation"),
+    *("clipstack/loading", "clipstack/losses", "clipstack/training", "data_pipelines"),
     *("data_pipelines/building", "data_pipelines/commands", "data_pipelines/index", "data_pipelines/inputs"),
     *("data_pipelines/shapes", "data_pipelines/stream"),
     *("serve", "benchmarks", "docker", "examples"),

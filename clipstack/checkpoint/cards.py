@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipstack.config import DataConfig, Recipe
+from clipstack.config import Recipe
+from clipstack.config.models import DataConfig
 from clipstack.errors import ClipstackError
 from clipstack.run_log import EVAL_FILE, QUARANTINE_FILE, read_jsonl
 from data_pipelines.errors import DataError

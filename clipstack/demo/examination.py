@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipstack.checkpoint import LoadedModel, load_model
-from clipstack.config import DataConfig
+from clipstack.config.models import DataConfig
 from clipstack.demo.page import Examined, Example
 from clipstack.demo.probes import demo_scores, read_probe_set
 from clipstack.loading.eval_loader import EvalLoader, ShardSamples

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from clipstack.config import DataConfig
+from clipstack.config.models import DataConfig
 from clipstack.errors import ConfigError, DataError, SampleError, ShardError
 from clipstack.loading.eval_loader import EvalSamples, ShardSamples
 from clipstack.templates import check_template, read_lines

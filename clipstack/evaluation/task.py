@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from clipstack.checkpoint import LoadedModel
-from clipstack.config import DataConfig
+from clipstack.config.models import DataConfig
 from clipstack.evaluation.data import EvalData
 from clipstack.evaluation.features import Features, encode_all
 from clipstack.evaluation.report import EXAMPLES_OF_SKIPPED, Skipped, Source

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clipstack.config import DataConfig
+from clipstack.config.models import DataConfig
 from clipstack.errors import SampleError, ShardError
 from clipstack.loading.reading import read_options, shard_cache
 from clipstack.loading.workers import Made, Ranges, Workers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clipstack.config import DataConfig
+from clipstack.config.models import DataConfig
 from data_pipelines.cache import ShardCache
 from data_pipelines.rights import EMPTY, load_removal_list
 from data_pipelines.stream import ReadOptions

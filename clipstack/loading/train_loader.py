@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from clipstack.config import DataConfig
+from clipstack.config.models import DataConfig
 from clipstack.errors import ConfigError, DataError
 from clipstack.loading.reading import read_options, shard_cache
 from clipstack.loading.unindexed import UnindexedSamples, announce, expand_unindexed

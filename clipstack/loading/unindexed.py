@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from clipstack.config import DataConfig
+from clipstack.config.models import DataConfig
 from clipstack.errors import ConfigError, DataError, SampleError
 from data_pipelines.images import decode
 from data_pipelines.order import sample_seed

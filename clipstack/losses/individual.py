@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipstack.config.objectives import IndividualTemperature
 from clipstack.errors import CheckpointError, ConfigError
 from clipstack.losses.inputs import Inputs
 from clipstack.losses.monitor import pair_terms
 from clipstack.losses.tile_math import EMPTY, Exponent
 from clipstack.losses.tiles import Plan, mean_negative_cosines, reduce_pairs
-from clipstack.objective_config import IndividualTemperature
 
 IMAGE, TEXT = 0, 1
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
+from clipstack.config.objectives import MixingTerm
 from clipstack.losses.inputs import Inputs
 from clipstack.losses.negatives import Negatives
 from clipstack.losses.tile_math import EMPTY, Exponent
 from clipstack.losses.tiles import Exclusions, Plan, tiles_of
-from clipstack.objective_config import MixingTerm
 
 ROWS_AT_ONCE = 256
 

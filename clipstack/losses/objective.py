@@ -9,16 +9,7 @@ from typing import Any, Protocol, assert_never
 import torch
 from torch import Tensor
 
-from clipstack.errors import CheckpointError, ConfigError
-from clipstack.losses.image_image import image_image_loss
-from clipstack.losses.individual import IndividualPairs
-from clipstack.losses.inputs import NONFINITE, Inputs, NonFiniteError, check
-from clipstack.losses.sigmoid import SigmoidPairs
-from clipstack.losses.softmax import SoftmaxPairs
-from clipstack.losses.tiles import CPU_TILE, CUDA_TILE
-from clipstack.losses.triton_tiles import require_triton
-from clipstack.losses.types import Embeddings, LossOutput
-from clipstack.objective_config import (
+from clipstack.config.objectives import (
     OBJECTIVES,
     ClipObjective,
     DclObjective,
@@ -28,6 +19,15 @@ from clipstack.objective_config import (
     SiglipObjective,
     parse_objective,
 )
+from clipstack.errors import CheckpointError, ConfigError
+from clipstack.losses.image_image import image_image_loss
+from clipstack.losses.individual import IndividualPairs
+from clipstack.losses.inputs import NONFINITE, Inputs, NonFiniteError, check
+from clipstack.losses.sigmoid import SigmoidPairs
+from clipstack.losses.softmax import SoftmaxPairs
+from clipstack.losses.tiles import CPU_TILE, CUDA_TILE
+from clipstack.losses.triton_tiles import require_triton
+from clipstack.losses.types import Embeddings, LossOutput
 from clipstack.world import World, current_world
 
 STATE_VERSION = 1

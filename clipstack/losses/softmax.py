@@ -10,6 +10,7 @@ from typing import Any, assert_never
 import torch
 from torch import Tensor
 
+from clipstack.config.objectives import ClipObjective, DclObjective, DebiasedObjective, HardNegativeObjective
 from clipstack.losses.inputs import Inputs
 from clipstack.losses.mixing import Mixer
 from clipstack.losses.monitor import effective_count, pair_terms
@@ -18,12 +19,6 @@ from clipstack.losses.queue import FeatureQueue
 from clipstack.losses.rows import RowLoss
 from clipstack.losses.tile_math import Exponent
 from clipstack.losses.tiles import Plan, reduce_pairs
-from clipstack.objective_config import (
-    ClipObjective,
-    DclObjective,
-    DebiasedObjective,
-    HardNegativeObjective,
-)
 
 SoftmaxConfig = ClipObjective | HardNegativeObjective | DebiasedObjective | DclObjective
 

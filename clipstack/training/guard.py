@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
-from clipstack.config import GuardConfig
+from clipstack.config.models import GuardConfig
 from clipstack.errors import DivergenceError
 
 MEDIAN_OVER = 101

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from clipstack.config import OptimConfig
+from clipstack.config.models import OptimConfig
 from clipstack.errors import ConfigError
 from clipstack.towers import block_stacks
 

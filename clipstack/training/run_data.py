@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 
 from clipstack.checkpoint.snapshot import Snapshot
-from clipstack.config import DataConfig, Recipe
+from clipstack.config import Recipe
+from clipstack.config.models import DataConfig
 from clipstack.errors import ConfigError, DataError
 from clipstack.loading.train_loader import TrainLoader
 from clipstack.preprocess import Preprocess

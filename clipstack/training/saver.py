@@ -15,7 +15,7 @@ from pathlib import Path
 from clipstack.checkpoint.folder import drop_later, prune, remove_unfinished, sound_checkpoints
 from clipstack.checkpoint.layout import checkpoint_name
 from clipstack.checkpoint.snapshot import Snapshot, read_progress, save_snapshot
-from clipstack.config import CheckpointConfig
+from clipstack.config.models import CheckpointConfig
 from clipstack.errors import CheckpointError
 from clipstack.training.guard import is_good
 from clipstack.training.reporting import Reporter

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from clipstack.config import LogConfig
+from clipstack.config.models import LogConfig
 from clipstack.errors import ConfigError
 from clipstack.files import write_text
 

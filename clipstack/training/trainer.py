@@ -18,7 +18,8 @@ from clipstack.checkpoint.folder import sound_checkpoints
 from clipstack.checkpoint.layout import CHECKPOINTS, checkpoint_name
 from clipstack.checkpoint.manifest import damage
 from clipstack.checkpoint.snapshot import Snapshot, load_snapshot, read_progress
-from clipstack.config import OptimConfig, Recipe, to_toml
+from clipstack.config import Recipe, to_toml
+from clipstack.config.models import OptimConfig
 from clipstack.errors import ConfigError, DivergenceError
 from clipstack.loading.train_loader import Batch, TrainLoader
 from clipstack.losses import build_objective

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from clipstack import model as model_module
 from clipstack import run_log, train
-from clipstack.config import ModelConfig, Recipe, load_recipe, parse_recipe
+from clipstack.config import Recipe, load_recipe, parse_recipe
+from clipstack.config.models import ModelConfig
 from clipstack.errors import ConfigError
 from clipstack.loading.train_loader import Batch, TrainLoader
 from clipstack.losses import build_objective

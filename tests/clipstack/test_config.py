@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipstack.config import Recipe, help_config, load_recipe, parse_recipe, to_toml, walk_fields
+from clipstack.config import Recipe, load_recipe, parse_recipe, to_toml
+from clipstack.config.help import help_config, walk_fields
 from clipstack.errors import ConfigError
 from clipstack.recipes import shipped_recipes
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from clipstack.checkpoint import export_model, load_model
 from clipstack.checkpoint.weights import fingerprint_of
-from clipstack.config import ModelConfig
+from clipstack.config.models import ModelConfig
 from clipstack.errors import CheckpointError, ConfigError
 from clipstack.model import build_model
 from clipstack.towers import named_pretrained, open_clip_weights

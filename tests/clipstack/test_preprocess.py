@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as torchvision_functional
 
-from clipstack.config import AugmentConfig, ModelConfig
+from clipstack.config.models import AugmentConfig, ModelConfig
 from clipstack.preprocess import Preprocess
 from clipstack.towers import make_record
 from clipstack.training.dry_run import _Measuring, cut_captions, decoded

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipstack.config import AugmentConfig, DataConfig
+from clipstack.config.models import AugmentConfig, DataConfig
 from clipstack.loading.train_loader import TrainLoader
 from clipstack.preprocess import Preprocess
 from clipstack.world import World

@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from clipstack.config import ModelConfig
+from clipstack.config.models import ModelConfig
 from clipstack.model import ClipModel, build_model
 from clipstack.towers import open_clip_weights
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from clipstack.config import ModelConfig
+from clipstack.config.models import ModelConfig
 from clipstack.model import ClipModel, build_model
 from clipstack.preprocess import Preprocess
 from clipstack.towers import open_clip_weights

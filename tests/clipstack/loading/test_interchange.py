@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipstack.config import DataConfig
+from clipstack.config.models import DataConfig
 from clipstack.loading.eval_loader import EvalLoader, ShardSamples
 from clipstack.loading.train_loader import TrainLoader
 from clipstack.preprocess import Preprocess

@@ -24,7 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clipstack.config import AugmentConfig, DataConfig, SourceConfig
+from clipstack.config.models import AugmentConfig, DataConfig, SourceConfig
 from clipstack.errors import ConfigError, DataError, WorkerError
 from clipstack.loading.eval_loader import EvalLoader
 from clipstack.loading.train_loader import Batch, TrainLoader

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from clipstack.config.objectives import OBJECTIVES, HardNegativeObjective, parse_objective
 from clipstack.errors import ConfigError
 from clipstack.losses import build_objective
-from clipstack.objective_config import OBJECTIVES, HardNegativeObjective, parse_objective
 from clipstack.world import World
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -103,5 +103,5 @@ def test_the_docs_name_every_option() -> None:
 
 
 def test_reading_a_config_imports_no_torch() -> None:
-    code = "import sys, clipstack.objective_config; assert 'torch' not in sys.modules"
+    code = "import sys, clipstack.config.objectives; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from clipstack.config import Recipe, walk_fields
+from clipstack.config import Recipe
+from clipstack.config.help import walk_fields
 from tests.clipstack.launching import REPOSITORY
 
 GUIDE = (REPOSITORY / "docs/training.md").read_text()

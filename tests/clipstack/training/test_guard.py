@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from clipstack.config import GuardConfig
+from clipstack.config.models import GuardConfig
 from clipstack.errors import DivergenceError
 from clipstack.training.guard import MEDIAN_FROM, Guard, Verdict, is_good
 

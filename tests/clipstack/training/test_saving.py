@@ -22,7 +22,8 @@ import torch
 from clipstack.checkpoint.folder import newest_sound
 from clipstack.checkpoint.layout import MANIFEST_FILE, checkpoint_name
 from clipstack.checkpoint.snapshot import Snapshot, load_snapshot
-from clipstack.config import CheckpointConfig, GuardConfig, load_recipe, to_toml
+from clipstack.config import load_recipe, to_toml
+from clipstack.config.models import CheckpointConfig, GuardConfig
 from clipstack.errors import CheckpointError, ConfigError
 from clipstack.files import sha256_of
 from clipstack.run_log import read_jsonl

@@ -14,7 +14,7 @@ from timm.layers.attention import Attention
 from timm.layers.drop import DropBlock2d, DropPath
 from torch import nn
 
-from clipstack.config import ModelConfig
+from clipstack.config.models import ModelConfig
 from clipstack.errors import ConfigError
 from clipstack.model import build_model
 from clipstack.training.dropout import key_dropouts
