@@ -30,6 +30,8 @@ from serve.runtime import CROWD, Float32, Gate, ModelInfo, TokenIds, Tokens, UIn
 # small one. So texts are padded to a few lengths; the padding is never read.
 TEXT_STEP = 8
 
+_TRACING = threading.Lock()  # torch keeps what it traces in one place for all threads
+
 
 class OpenVinoMissingError(ConfigError):
     """The package is not installed."""
@@ -74,6 +76,7 @@ class OpenVinoRuntime:
             torch.zeros((2, 3, *preprocess.image_size), dtype=torch.uint8),
             [-1, 3, *preprocess.image_size],
             cores,
+            alone=True,
         )
         self._encode_texts = _compiled(
             ov,
@@ -81,6 +84,7 @@ class OpenVinoRuntime:
             torch.ones((2, self._lengths[0]), dtype=torch.int64),
             [-1, -1 if inputs.can_trim else self._lengths[0]],
             cores,
+            alone=False,  # what a lane has to do alone is one text, and quickly done
         )
         version = ov.__version__.partition("-")[0]
         self.info: ModelInfo = info_of(
@@ -158,8 +162,10 @@ def _lengths(longest: int, *, step: float) -> list[int]:
     return [int(step) * n for n in range(1, count)] + [longest]
 
 
-def _compiled(ov: Any, tower: nn.Module, example: Tensor, shape: list[int], cores: Cores) -> _Tower:
-    """Raises UnconvertibleError."""
+def _compiled(
+    ov: Any, tower: nn.Module, example: Tensor, shape: list[int], cores: Cores, *, alone: bool
+) -> _Tower:
+    """alone: also for a batch that has all cores to itself. Raises UnconvertibleError."""
     frontends = importlib.import_module("openvino.frontend")
     decoders = importlib.import_module("openvino.frontend.pytorch.ts_decoder")
     reasons = (
@@ -183,7 +189,7 @@ def _compiled(ov: Any, tower: nn.Module, example: Tensor, shape: list[int], core
         decoder = decoders.TorchScriptPythonDecoder(traced)  # must live until the model has been made of it
         model = frontend.convert(frontend.load(decoder))
         model.reshape(shape)
-        return _Tower(ov.Core(), model, cores)
+        return _Tower(ov.Core(), model, cores, alone=alone)
     except reasons as error:
         raise UnconvertibleError.because(error) from error
 
@@ -192,23 +198,23 @@ def _traced(tower: nn.Module, example: Tensor) -> Any:
     """torch warns of Python values that a trace makes constant, which the gate finds where it matters, and
     that there are newer ways, which take longer.
     """
-    with torch.no_grad(), warnings.catch_warnings():
+    with _TRACING, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.jit.trace(tower, (example,), check_trace=False)  # type: ignore[no-untyped-call]
 
 
 class _Tower:
-    """One tower, compiled for a batch that has the cores to itself and for batches that share them: the
-    number of threads is part of what is compiled.
+    """One tower, compiled for batches that share the cores and, where that pays, for one that has them to
+    itself: the number of threads is part of what is compiled, and each time costs the weights' memory again.
     """
 
-    def __init__(self, core: Any, model: Any, cores: Cores) -> None:
+    def __init__(self, core: Any, model: Any, cores: Cores, *, alone: bool) -> None:
         def compiled(threads: int, streams: int) -> _Requests:
             return _Requests(core.compile_model(model, "CPU", _options(threads, streams)))
 
         self._share = cores.share
         self._shared = compiled(cores.share * cores.lanes, cores.lanes)
-        self._whole = self._shared if cores.share == cores.threads else compiled(cores.threads, 1)
+        self._whole = compiled(cores.threads, 1) if alone and cores.share < cores.threads else self._shared
 
     def __call__(self, batch: TokenIds | UInt8, threads: int) -> Float32:
         """threads: how many the batch should use."""
