@@ -305,7 +305,7 @@ def test_workers_end_with_their_parent(shards: Path) -> None:
     code = f"""
         import sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[3])!r})
         import os, signal
-        from clipstack.config import DataConfig
+        from clipstack.config.models import DataConfig
         from clipstack.loading.train_loader import TrainLoader
         from clipstack.preprocess import Preprocess
         from clipstack.world import World
