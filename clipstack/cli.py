@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,8 +44,24 @@ COMMANDS = {
 }
 
 
+READER_GONE = 141
+"""What shells report of a program that SIGPIPE ended."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code: 0 done, 1 failed, 2 wrong input, 3 stopped but resumable."""
+    """Run a subcommand; returns the exit code: 0 done, 1 failed, 2 wrong input, 3 stopped but resumable, 141
+    ended because nobody reads its output any more, as in `| head`."""
+    try:
+        code = _main(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # What is still buffered can go nowhere, not even when Python flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+
+
+def _main(argv: Sequence[str] | None) -> int:
     # The deepspeed launcher puts --local_rank in front of everything.
     argv = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank=")]
     if not argv or argv[0] in ("-h", "--help"):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
-import os
 import sys
 from typing import NoReturn, Protocol, cast
 
@@ -89,11 +88,6 @@ def main(argv: list[str]) -> int:
         return _fail(f"{name}: {error}", FAILED)
     except ClipstackError as error:
         return _fail(f"{name}: {error}", USAGE)
-    except BrokenPipeError:
-        # The reader of our output has seen enough, as in `| head`; nothing more can be said to it, not even
-        # at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
     except KeyboardInterrupt:
         return _fail(f"{name}: stopped", RESUMABLE)
 
