@@ -54,6 +54,7 @@ def examine() -> list[Finding]:
         _part("webdataset", "train", "webdataset", _try_import("webdataset")),
         _part("fast JPEG decode", "train", "simplejpeg", _try_jpeg),
         _part("REST server", "serve", "fastapi", _try_import("serve.app")),
+        _part("OpenVINO engine", "openvino", "openvino", _try_openvino),
         _part("data tools", "data", "polars", _try_import("polars", "pyarrow", "datasketch")),
         _part("linear probe", "eval", "scikit-learn", _try_import("sklearn")),
         _part("ONNX export", "onnx", "onnxruntime", _try_import("onnx", "onnxscript", "onnxruntime")),
@@ -125,6 +126,11 @@ def _try_launcher() -> str:
     if found is None:
         raise RuntimeError("the deepspeed command is not on PATH")
     return f", launcher {found}"
+
+
+def _try_openvino() -> str:
+    importlib.import_module("serve.openvino_runtime").import_openvino()  # which keeps it from reporting its use
+    return ""
 
 
 def _try_jpeg() -> str:

@@ -17,6 +17,7 @@ from serve.batching import Clock, deadline_exceeded
 from serve.errors import ErrorCode, ServeError
 from serve.images import ImageHeader, ImageLimits, decode_pixels, read_header
 from serve.runtime import CROWD, Runtime, UInt8
+from serve.threads import give_way
 
 HEAVY_PIXELS = 4_000_000
 _DATA_URI_HEAD = re.compile(r"data:[^,]*;base64", re.IGNORECASE)
@@ -50,7 +51,7 @@ class DecodePool:
         self._limits = limits
         self._observe = observe
         self._clock = clock
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode", initializer=give_way)
         self._heavy_slots = asyncio.Semaphore(max(1, num_threads // 2))
 
     async def prepare(

@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
 import uvicorn
@@ -74,13 +75,37 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the port, answer what had reached it by then, and only then close the connections."""
-        for server in self.servers:
-            server.close()
+        for connection in await self._close_port(sockets or []):
+            await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
         if self._stop_asked_at is not None:
             await asyncio.sleep(min(LAST_WORDS_S, self._grace_left_s()))
         # uvicorn hands it to asyncio, which takes fractions of a second; what is left then is cancelled.
         self.config.timeout_graceful_shutdown = self._grace_left_s()  # type: ignore[assignment]
         await super().shutdown(sockets)
+
+    async def _close_port(self, sockets: list[socket.socket]) -> list[socket.socket]:
+        """The connections that nobody had taken from the port's queue: closing it would reset them, with the
+        requests in them. So the port is held open by a second handle until the queue is empty.
+        """
+        handles = [listener.dup() for listener in sockets]
+        for server in self.servers:
+            server.close()
+        for listener in sockets:
+            listener.close()
+        await asyncio.sleep(0)  # the event loop lets go of the port
+        waiting = []
+        for handle in handles:
+            handle.setblocking(False)
+            with suppress(BlockingIOError):
+                while True:
+                    waiting.append(handle.accept()[0])
+            handle.close()
+        return waiting
+
+    def _protocol(self) -> asyncio.Protocol:
+        return GuardedProtocol(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
 
     def _grace_left_s(self) -> float:
         """What the drain has left of the grace period, less the wait that uvicorn's shutdown begins with."""

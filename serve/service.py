@@ -23,6 +23,7 @@ from serve.operations import build_matrix
 from serve.runtime import RuntimeLoader, available_cores
 from serve.security import RateLimiter
 from serve.settings import Settings
+from serve.threads import give_way
 from serve.url_fetch import UrlFetcher
 from serve.versions import Machinery, ServedModel, Version
 
@@ -50,7 +51,9 @@ class Service:
         self.answered = 0
         self.load_error: ClipstackError | None = None
         self.gallery: Gallery | None = None
-        self._device = ThreadPoolExecutor(settings.device_lanes, thread_name_prefix="device")
+        self._device = ThreadPoolExecutor(
+            settings.device_lanes, thread_name_prefix="device", initializer=give_way
+        )
         self.decoder = DecodePool(
             settings.decode_threads or max(2, available_cores()),
             ImageLimits(settings.max_image_bytes, settings.max_image_pixels),

@@ -21,7 +21,7 @@ from serve.app import create_app
 from serve.cli import main
 from serve.listening import listen, url_of
 from serve.protocol import MAX_HEAD_BYTES
-from serve.server import run_server
+from serve.server import Server, config_of, run_server
 from serve.settings import Settings
 from tests.serve.fakes import FakeRuntime
 from tests.serve.live import live_server, threaded_server
@@ -269,3 +269,29 @@ def test_head_sends_a_head_alone_over_a_connection_that_goes_on(url: str) -> Non
     assert b"200 OK" in first and b"200 OK" in second and json.loads(body) == {"status": "ok"}
     length = f"content-length: {len(body)}".encode()
     assert length in first.lower() and length in second.lower()
+
+
+class AskedAtTheLastMoment(Server):
+    """A client connects and asks after the event loop has last looked at the port, before the port closes."""
+
+    async def on_tick(self, counter: int) -> bool:
+        self.handle_exit(signal.SIGTERM, None)
+        self.client = socket.create_connection(self.address, timeout=30)
+        self.client.sendall(OK)
+        return True
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_connection_that_waits_when_the_port_closes_is_answered(loop: str, tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    app = create_app(settings, FakeRuntime())
+    config = config_of(app, settings)
+    config.loop = loop
+    (listener,) = listen("127.0.0.1", 0)
+    server = AskedAtTheLastMoment(config, app, settings)
+    server.address = listener.getsockname()
+    server.run([listener])
+    with server.client as client:
+        assert until_closed(client).startswith(b"HTTP/1.1 200")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(server.address, timeout=5)
