@@ -20,6 +20,7 @@ LAYERS = (
     {"train", "demo", "cli"},
 )
 SERVE_MAY_USE = {"checkpoint", "model", "preprocess", "zero_shot", "errors", "templates"}
+"""Of a folder, its face alone."""
 
 
 def imports_of(path: Path) -> set[str]:
@@ -57,6 +58,8 @@ def test_serve_imports_no_training(path: Path) -> None:
     assert not {name.split(".")[0] for name in names} & {"deepspeed", "webdataset", "data_pipelines"}
     used = {name.split(".")[1] for name in names if name.startswith("clipstack.")} - {"__version__"}
     assert used <= SERVE_MAY_USE
+    deep = {name for name in names if name.startswith("clipstack.") and name.count(".") > 1}
+    assert not {name for name in deep if ROOT.joinpath(*name.split(".")).with_suffix(".py").exists()}
 
 
 def clipstack_imports() -> dict[str, set[str]]:
