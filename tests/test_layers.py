@@ -47,13 +47,13 @@ def modules(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", modules("data_pipelines"), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", modules("data_pipelines"), ids=lambda p: str(p.relative_to(ROOT)))
 def test_data_pipelines_imports_neither_clipstack_nor_serve_nor_torch(path: Path) -> None:
     tops = {name.split(".")[0] for name in imports_of(path)}
     assert not tops & {"clipstack", "serve", "torch", "deepspeed", "open_clip"}
 
 
-@pytest.mark.parametrize("path", modules("serve"), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", modules("serve"), ids=lambda p: str(p.relative_to(ROOT)))
 def test_serve_imports_no_training(path: Path) -> None:
     names = imports_of(path)
     assert not {name.split(".")[0] for name in names} & {"deepspeed", "webdataset", "data_pipelines"}
