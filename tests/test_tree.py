@@ -9,11 +9,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
-    *("clipstack", "clipstack/checkpoint", "clipstack/config", "clipstack/demo", "clipstack/evaluation"),
-    *("clipstack/loading", "clipstack/losses", "clipstack/training", "data_pipelines"),
-    *("data_pipelines/building", "data_pipelines/commands", "data_pipelines/index", "data_pipelines/inputs"),
-    *("data_pipelines/shapes", "data_pipelines/stream"),
-    *("serve", "benchmarks", "docker", "examples"),
+    *(
+        face.parent.relative_to(ROOT).as_posix()
+        for top in ("clipstack", "data_pipelines", "serve")
+        for face in sorted((ROOT / top).rglob("__init__.py"))
+    ),
+    *("benchmarks", "docker", "examples"),
 )
 
 
