@@ -1,2 +1,1 @@
-"""Shards: build, index, order, stream, check. Imports nothing of clipstack and, outside `shapes`, no
-torch."""
+"""Shards: build, index, order, stream, check. Imports nothing of clipstack and no torch."""
