@@ -13,7 +13,7 @@ from data_pipelines.inputs.items import Inputs, Item, ShardImage
 def reshard_items(
     inputs: Inputs, out: Path, options: BuildOptions, *, processes: int = 1, label: str = "reshard"
 ) -> BuildReport:
-    """Write the items of existing shards as new ones. Raises what `build.run_jobs` does."""
+    """Write the items of existing shards as new ones. Raises what `run.run_jobs` does."""
     sizes = [item_bytes(item) for item in inputs.items] if options.shard_bytes is not None else None
     jobs = plan_jobs(inputs.items, options, sizes=sizes)
     return run_jobs(jobs, out, options, inputs=inputs, processes=processes, label=label)
