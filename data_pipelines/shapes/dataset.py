@@ -18,7 +18,7 @@ from data_pipelines.shapes.captions import captions, first_captions
 from data_pipelines.shapes.pictures import render
 from data_pipelines.shapes.probes import classes_of, probe_rows, prompts
 from data_pipelines.shapes.scenes import PAIRS, Scene, keyed_rng
-from data_pipelines.shapes.splits import test_doubles, test_singles, train_scene, val_singles
+from data_pipelines.shapes.splits import held_out_doubles, held_out_singles, train_scene, val_singles
 
 SAMPLES_PER_SHARD = 2500
 
@@ -95,8 +95,8 @@ def generate(
     singles = num_test // 2 + 1
     train = _Split("train", f"train/{seed}", [train_scene(seed, index) for index in range(num_train)])
     val = _Split("val", f"val/{seed}", val_singles(seed, singles))
-    single = _Split("single", f"single/{test_seed}", test_singles(test_seed, singles))
-    test = _Split("test", f"test/{test_seed}", test_doubles(test_seed, num_test))
+    single = _Split("single", f"single/{test_seed}", held_out_singles(test_seed, singles))
+    test = _Split("test", f"test/{test_seed}", held_out_doubles(test_seed, num_test))
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         for split in (train, val, single, test):

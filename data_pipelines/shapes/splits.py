@@ -54,14 +54,14 @@ def val_singles(seed: int, count: int) -> list[Scene]:
     return [_single(keyed_rng("val", seed, index), [TRAINED[index % len(TRAINED)]]) for index in range(count)]
 
 
-def test_singles(seed: int, count: int) -> list[Scene]:
+def held_out_singles(seed: int, count: int) -> list[Scene]:
     """Single things of held-out pairs, every pair equally often."""
     return [
         _single(keyed_rng("single", seed, index), [HELD_OUT[index % len(HELD_OUT)]]) for index in range(count)
     ]
 
 
-def test_doubles(seed: int, count: int) -> list[Scene]:
+def held_out_doubles(seed: int, count: int) -> list[Scene]:
     """Two things of held-out pairs each; no two scenes are told alike, so that retrieval has one answer."""
     possible = len(HELD_OUT) * (len(HELD_OUT) - 1) * len(SIZES) ** 2 * len(RELATIONS) // 2 * len(BACKGROUNDS)
     if count > possible:

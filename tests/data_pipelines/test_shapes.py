@@ -108,7 +108,7 @@ def test_probes_ask_for_the_samples_caption_against_others(folder: Path) -> None
 
 
 def test_test_scenes_all_differ_even_when_told_the_other_way_round() -> None:
-    doubles = splits.test_doubles(5, 1000)
+    doubles = splits.held_out_doubles(5, 1000)
     told = {captions.full_caption(scene) for scene in doubles}
     told |= {captions.full_caption(scenes.inverted(scene)) for scene in doubles}
     assert len(told) == 2 * len(doubles)
@@ -116,8 +116,8 @@ def test_test_scenes_all_differ_even_when_told_the_other_way_round() -> None:
 
 def test_more_test_scenes_than_can_differ_are_refused() -> None:
     with pytest.raises(DataError, match="--num-test 1201: only 1200"):
-        splits.test_doubles(0, 1201)
-    assert len(splits.test_doubles(0, 1200)) == 1200
+        splits.held_out_doubles(0, 1201)
+    assert len(splits.held_out_doubles(0, 1200)) == 1200
 
 
 def test_equal_arguments_give_equal_bytes_and_another_seed_does_not(folder: Path, tmp_path: Path) -> None:
