@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 
 from clipstack.checkpoint.folder import drop_later, prune, remove_unfinished, sound_checkpoints
@@ -97,7 +96,8 @@ class Saver:
         keep = [] if best_step is None else [self._folder / checkpoint_name(best_step)]
         guard = snapshot.progress.get("guard")
         if guard is not None and not is_good(guard):
-            keep += self._newest_good()
+            good = newest_good(self._folder)
+            keep += [] if good is None else [good]
         prune(
             self._folder,
             keep_last=self._config.keep_last,
@@ -105,10 +105,11 @@ class Saver:
             keep=keep,
         )
 
-    def _newest_good(self) -> list[Path]:
-        """What a roll-back would go back to: at most one."""
-        good = (p for p in sound_checkpoints(self._folder) if is_good(read_progress(p)["guard"]))
-        return list(islice(good, 1))
+
+def newest_good(folder: Path) -> Path | None:
+    """What a roll-back goes back to, and what `prune` must therefore keep: the newest sound checkpoint that
+    was not saved between skipped steps."""
+    return next((p for p in sound_checkpoints(folder) if is_good(read_progress(p)["guard"])), None)
 
 
 def _flush_problem(logs: Sequence[Path]) -> str | None:

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from clipstack.checkpoint import export_model
-from clipstack.checkpoint.folder import sound_checkpoints
 from clipstack.checkpoint.layout import CHECKPOINTS, checkpoint_name
 from clipstack.checkpoint.manifest import damage
-from clipstack.checkpoint.snapshot import Snapshot, load_snapshot, read_progress
+from clipstack.checkpoint.snapshot import Snapshot, load_snapshot
 from clipstack.config import Recipe, to_toml
 from clipstack.config.models import OptimConfig
 from clipstack.errors import ConfigError, DivergenceError
@@ -32,9 +31,9 @@ from clipstack.training.dropout import row_keys
 from clipstack.training.ema import ModelEma
 from clipstack.training.engine import Engine, StepResult
 from clipstack.training.grad_cache import Part, make_passes
-from clipstack.training.guard import Guard, Verdict, is_good
+from clipstack.training.guard import Guard, Verdict
 from clipstack.training.reporting import Reporter, Silent
-from clipstack.training.saver import Saver
+from clipstack.training.saver import Saver, newest_good
 from clipstack.training.telemetry import Clock
 from clipstack.training.validation import lower_is_better, validate
 from clipstack.world import World
@@ -370,7 +369,7 @@ class Training:
         self.guard.count_rollback()
         folder = self.recipe.run.dir / CHECKPOINTS
         reason = self.guard.reason
-        path = self.world.from_main(lambda: newest_good(folder, reason))
+        path = self.world.from_main(lambda: to_go_back_to(folder, reason))
         snapshot = self.world.together(lambda: load_snapshot(path))
         self.engine.load_weights(snapshot.weights)
         self.engine.load_optimizer_state(snapshot.optimizer)
@@ -396,16 +395,15 @@ class Training:
         self.reporter.close()
 
 
-def newest_good(folder: Path, reason: str) -> Path:
-    """The newest sound checkpoint that was not saved between skipped steps. Raises DivergenceError for
-    none."""
-    for path in sound_checkpoints(folder):
-        if is_good(read_progress(path)["guard"]):
-            return path
-    raise DivergenceError(
-        f"{reason}, and no checkpoint to go back to in {folder}; train with a smaller optim.lr or a longer "
-        "optim.warmup_fraction"
-    )
+def to_go_back_to(folder: Path, reason: str) -> Path:
+    """The checkpoint for a roll-back. Raises DivergenceError for none."""
+    path = newest_good(folder)
+    if path is None:
+        raise DivergenceError(
+            f"{reason}, and no checkpoint to go back to in {folder}; train with a smaller optim.lr or a "
+            "longer optim.warmup_fraction"
+        )
+    return path
 
 
 def copied(tree: Mapping[str, Any]) -> dict[str, Any]:
