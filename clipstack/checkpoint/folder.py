@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from clipstack.checkpoint.layout import CHECKPOINTS, MANIFEST_FILE, checkpoint_name
+from clipstack.checkpoint.layout import CHECKPOINTS, MANIFEST_FILE, checkpoint_name, step_of
 from clipstack.checkpoint.manifest import damage
 from clipstack.errors import CheckpointError
 
@@ -20,7 +20,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def newest_step(run_dir: Path) -> int:
     """Of a run's newest checkpoint, by its name; 0 where there is none."""
     found = checkpoints(run_dir / CHECKPOINTS)
-    return int(found[-1].name.removeprefix("step-")) if found else 0
+    return step_of(found[-1]) if found else 0
 
 
 def sound_checkpoints(folder: Path) -> Iterator[Path]:
@@ -48,8 +48,7 @@ def prune(
     Raises CheckpointError.
     """
     for path in checkpoints(folder)[:-keep_last]:
-        step = int(path.name.removeprefix("step-"))
-        if path not in keep and not (keep_every_steps and step % keep_every_steps == 0):
+        if path not in keep and not (keep_every_steps and step_of(path) % keep_every_steps == 0):
             _remove(path)
 
 

@@ -15,6 +15,8 @@ from clipstack.errors import CheckpointError
 FORMAT = 1
 CHECKPOINTS = "checkpoints"
 """The folder of a run that they lie in."""
+EXPORT = "export"
+"""The folder of a run that its finished model is exported to."""
 
 # Of checkpoints and exports: open_clip reads these two.
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
@@ -30,6 +32,11 @@ OPTIMIZER_FILE, OBJECTIVE_FILE, EMA_FILE = (
 def checkpoint_name(step: int) -> str:
     """The folder of a step's checkpoint; names sort as steps do."""
     return f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's folder is named for."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

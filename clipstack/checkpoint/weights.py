@@ -14,6 +14,7 @@ from clipstack.checkpoint.folder import newest_sound, newest_step
 from clipstack.checkpoint.layout import (
     CHECKPOINTS,
     CONFIG_FILE,
+    EXPORT,
     FORMAT,
     MANIFEST_FILE,
     RECORD_FILE,
@@ -51,7 +52,7 @@ def exported_step(export: Path) -> int | None:
 def is_finished(run_dir: Path, *, step: int, steps: int) -> bool:
     """Whether a run of `steps` steps has nothing left to do; step: of its newest checkpoint. An export of an
     earlier step is from before the run was given more steps."""
-    return step >= steps and exported_step(run_dir / "export") == step
+    return step >= steps and exported_step(run_dir / EXPORT) == step
 
 
 def fingerprint_of(record: ModelRecord, weights: Mapping[str, Tensor]) -> str:
@@ -73,7 +74,7 @@ def weights_folder(path: Path, *, prefer_export: bool) -> Path:
         raise ConfigError(f"{path}: no such folder; name a run folder, a checkpoint or an exported model")
     if (path / CONFIG_FILE).is_file():
         return path
-    export = path / "export"
+    export = path / EXPORT
     if prefer_export and (export / CONFIG_FILE).is_file() and not _has_gone_on(path, exported_step(export)):
         return export
     sound, damaged = newest_sound(path / CHECKPOINTS)

@@ -61,10 +61,11 @@ def run(args: argparse.Namespace) -> int:
     minutes = (time.monotonic() - started) / 60
 
     _say(3, "Examining the model on pictures whose colour and shape never met in training")
+    from clipstack.checkpoint.layout import EXPORT
     from clipstack.demo.examination import examine
     from clipstack.demo.page import write_page
 
-    examined = examine(run_dir / "export", data)
+    examined = examine(run_dir / EXPORT, data)
     print(as_table(examined.scores))
     recipes = [lesson.recipe for lesson in lessons]
     page = write_page(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clipstack.checkpoint.folder import checkpoints, finish_replacements, newest_sound
-from clipstack.checkpoint.layout import CHECKPOINTS, RECIPE_FILE
+from clipstack.checkpoint.layout import CHECKPOINTS, RECIPE_FILE, step_of
 from clipstack.checkpoint.snapshot import Snapshot, load_snapshot
 from clipstack.checkpoint.weights import is_finished
 from clipstack.config import Recipe, parse_recipe, to_toml
@@ -99,7 +99,7 @@ def prepare(recipe: Recipe, *, fresh: bool, dry_run: bool = False) -> Plan:
                 f"{run_dir}: every checkpoint is damaged: {'; '.join(damaged)}; train into another run.dir"
             )
         return Plan(recipe, 0, False, None, tuple(messages))
-    step = int(newest.name.removeprefix("step-"))
+    step = step_of(newest)
     done = is_finished(run_dir, step=step, steps=recipe.train.steps)
     return Plan(recipe, step, done, newest, (*messages, f"resuming {run_dir} at step {step}"))
 

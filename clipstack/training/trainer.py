@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clipstack.checkpoint import export_model
-from clipstack.checkpoint.layout import CHECKPOINTS, checkpoint_name
+from clipstack.checkpoint.layout import CHECKPOINTS, EXPORT, checkpoint_name
 from clipstack.checkpoint.manifest import damage
 from clipstack.checkpoint.snapshot import Snapshot, load_snapshot
 from clipstack.config import Recipe, to_toml
@@ -324,7 +324,7 @@ class Training:
                     export_model(best, run_dir / "export-best")
                 else:  # its save failed, or the disk did
                     self.reporter.say(f"no export-best: {best}: {problem}")
-            export_model(run_dir, run_dir / "export")  # the last: a run with an export is finished
+            export_model(run_dir, run_dir / EXPORT)  # the last: a run with an export is finished
 
         self.world.from_main(write)
         self.reporter.say(f"done: {self.progress.step} steps; the model is in {run_dir / 'export'}")
