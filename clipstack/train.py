@@ -149,13 +149,9 @@ def _fit(*args: Any, **options: Any) -> int:
 
 
 def check_batch(recipe: Recipe, world: World) -> None:
-    """Raises ConfigError where the batch cannot be cut into equal shares."""
+    """Raises ConfigError where the batch cannot be cut into equal shares, or a share into micro-batches."""
     size = recipe.train.batch_size
-    if size % world.size:
-        raise ConfigError(
-            f"train.batch_size = {size}: not divisible by {world.size} ranks; take "
-            f"{size // world.size * world.size or world.size}"
-        )
+    world.check_batch(size)
     share, micro = size // world.size, recipe.train.micro_batch_size
     if micro is not None and (micro > share or share % micro):
         fitting = max(m for m in range(1, share + 1) if share % m == 0 and m <= micro)

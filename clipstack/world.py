@@ -36,6 +36,14 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def check_batch(self, batch_size: int) -> None:
+        """Raises ConfigError where `train.batch_size` cannot be cut into equal shares."""
+        if batch_size % self.size:
+            raise ConfigError(
+                f"train.batch_size = {batch_size}: not divisible by {self.size} ranks; take "
+                f"{batch_size // self.size * self.size or self.size}"
+            )
+
     def all_gather(self, tensor: Tensor) -> Tensor:
         """(B, ...) on each rank -> (size * B, ...) on all, in rank order. No gradient. Equal shapes on all
         ranks. Collective."""

@@ -63,11 +63,7 @@ class TrainLoader:
         quarantine_path: Path | None,
     ) -> None:
         """`batch_size` is global. Raises ConfigError, DataError."""
-        if batch_size % world.size:
-            raise ConfigError(
-                f"train.batch_size = {batch_size}: not divisible by {world.size} ranks; "
-                f"take {batch_size // world.size * world.size or world.size}"
-            )
+        world.check_batch(batch_size)
         self._config = config
         self._quarantine = Quarantine(quarantine_path)
         sources = config.sources
