@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,14 +13,31 @@ from torch import Tensor
 
 from clipstack.checkpoint import LoadedModel, load_model
 from clipstack.config.models import DataConfig
-from clipstack.demo.page import Examined, Example
-from clipstack.demo.probes import demo_scores, read_probe_set
+from clipstack.demo.probes import Score, demo_scores, read_probe_set
 from clipstack.loading.eval_loader import EvalLoader, ShardSamples
 from clipstack.world import World
 
 NUM_EXAMPLES = 24
 """Test pictures that the page shows."""
 TEXTS_PER_CALL = 512
+
+
+@dataclass(frozen=True)
+class Example:
+    """A test picture, the caption that the model picked for it, and the true one."""
+
+    image_png: bytes
+    chosen: str
+    true: str
+
+
+@dataclass(frozen=True)
+class Examined:
+    """All that the demo tells of its model."""
+
+    scores: Mapping[str, Score]
+    num_captions: int
+    examples: list[Example]
 
 
 def examine(model_folder: Path, data: Path) -> Examined:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 from clipstack.charts import bar, line_chart
 from clipstack.config import Recipe
+from clipstack.demo.examination import Examined, Example
 from clipstack.demo.probes import Score
 from clipstack.files import write_text
 from clipstack.run_log import METRICS_FILE, read_jsonl
@@ -34,24 +34,6 @@ _STYLE = """
 .card img { width: 100%; image-rendering: pixelated; border-radius: 4px; display: block; }
 .right { color: var(--c); } .wrong { color: var(--b); }
 """
-
-
-@dataclass(frozen=True)
-class Example:
-    """A test picture, the caption that the model picked for it, and the true one."""
-
-    image_png: bytes
-    chosen: str
-    true: str
-
-
-@dataclass(frozen=True)
-class Examined:
-    """All that the demo tells of its model."""
-
-    scores: Mapping[str, Score]
-    num_captions: int
-    examples: list[Example]
 
 
 def write_page(

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from clipstack.config import load_recipe
 from clipstack.demo.command import as_table
-from clipstack.demo.page import Examined, write_page
+from clipstack.demo.examination import Examined
+from clipstack.demo.page import write_page
 from clipstack.demo.probes import (
     Probe,
     ProbeSet,
