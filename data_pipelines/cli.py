@@ -28,14 +28,7 @@ COMMANDS = {
 """Name, which is that of a module in `commands`, to one line of help."""
 
 _EXTRAS = {
-    "polars": "data",
-    "pyarrow": "data",
-    "datasketch": "data",
-    "imagehash": "data",
-    "braceexpand": "data",
-    "py3langid": "data",
-    "webdataset": "data",
-    "torch": "train",
+    name: "data" for name in ("polars", "pyarrow", "datasketch", "imagehash", "py3langid", "simplejpeg")
 }
 """Modules that the base install lacks, and the extra that brings them."""
 

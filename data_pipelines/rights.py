@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import DataError
-from data_pipelines.index.shard_index import DIGEST_BYTES, IMAGE_EXTENSIONS, ShardIndex
+from data_pipelines.index.shard_index import DIGEST_BYTES, ShardIndex, image_extension
 
 RIGHTS_COLUMNS = ("source", "author", "licence", "url")
 ALIASES = {"license": "licence", "LICENSE": "licence", "URL": "url"}
@@ -116,9 +116,10 @@ def removed_samples(
     out: dict[int, str] = {}
     for position, key in enumerate(index.keys):
         members = index.members(position)
-        digests = [members[extension].digest.hex() for extension in IMAGE_EXTENSIONS if extension in members]
+        image = image_extension(members)
+        sha256 = None if image is None else members[image].digest.hex()
         url = None if urls is None else urls.get(key)
-        line = removal.match(key=f"{shard_name}/{key}", sha256=digests[0] if digests else None, url=url)
+        line = removal.match(key=f"{shard_name}/{key}", sha256=sha256, url=url)
         if line is not None:
             out[position] = line
     return out
@@ -126,11 +127,17 @@ def removed_samples(
 
 def shard_urls(tar: str | os.PathLike[str]) -> dict[str, str]:
     """Key to URL of a local shard, from the Parquet file beside it; empty where there is none or it has no
-    URLs."""
+    URLs. Raises DataError where it is there and nothing can read it."""
     file = Path(tar).with_suffix(".parquet")
     if not file.exists():
         return {}
-    import pyarrow.parquet as pq
+    try:
+        import pyarrow.parquet as pq
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f"{file}: the removal list names URLs, which stand there, and reading it needs pyarrow; "
+            "pip install 'clipstack[data]'"
+        ) from error
 
     names = pq.read_schema(file).names
     column = next((name for name in ("url", "URL") if name in names), None)

@@ -14,7 +14,7 @@ from data_pipelines.encode import image_size, perceptual_hash
 from data_pipelines.errors import SampleError, ShardError
 from data_pipelines.files import whole_file
 from data_pipelines.index import Sample
-from data_pipelines.index.shard_index import IMAGE_EXTENSIONS
+from data_pipelines.index.shard_index import image_extension
 from data_pipelines.rights import ALIASES, RIGHTS_COLUMNS, rights_of_json
 
 # polars is imported where it is used: the base install checks shards that have no tables.
@@ -55,11 +55,6 @@ def table_path(tar: str | os.PathLike[str]) -> Path:
     return Path(tar).with_suffix(".parquet")
 
 
-def image_member(members: Mapping[str, Any]) -> str | None:
-    """The extension of the sample's image, or None."""
-    return next((extension for extension in members if extension in IMAGE_EXTENSIONS), None)
-
-
 def sample_caption(members: Mapping[str, bytes]) -> str | None:
     """The caption: `.txt`, else `caption` or `captions` of `.json`. None: there is none that says
     anything."""
@@ -98,7 +93,7 @@ def describe(
 
     `phash` costs a decode. Raises SampleError where it has no image or one that cannot be read.
     """
-    extension = image_member(sample.members)
+    extension = image_extension(sample.members)
     if extension is None:
         raise SampleError("no image")
     image = sample.members[extension]

@@ -20,7 +20,7 @@ from data_pipelines.index import Sample
 from data_pipelines.index.finding import find_index
 from data_pipelines.index.format import decode_index
 from data_pipelines.index.indexing import IndexBuilder
-from data_pipelines.index.shard_index import ShardIndex, Span, payload_digest, split_name
+from data_pipelines.index.shard_index import ShardIndex, Span, image_extension, payload_digest, split_name
 from data_pipelines.index.writer import ShardWriter
 from data_pipelines.inputs.shards import shard_columns
 from data_pipelines.parallel import map_processes
@@ -29,7 +29,6 @@ from data_pipelines.sources import LocalFile
 from data_pipelines.table import (
     Row,
     describe,
-    image_member,
     read_table,
     sample_caption,
     table_path,
@@ -221,7 +220,7 @@ def _check_members(samples: Mapping[str, _Found], report: _Report) -> None:
     expects_text = 2 * with_text > len(samples)
     for key, found in samples.items():
         extensions = ", ".join(f".{extension}" for extension in found.members) or "nothing"
-        if image_member(found.members) is None:
+        if image_extension(found.members) is None:
             report("missing-member", f"no image (it has {extensions})", key)
             found.sound = False
             continue
@@ -235,7 +234,7 @@ def _decode_images(samples: Mapping[str, _Found], options: VerifyOptions, report
     if not options.decode_every:
         return
     for number, (key, found) in enumerate(samples.items()):
-        extension = image_member(found.members)
+        extension = image_extension(found.members)
         if number % options.decode_every or extension is None:
             continue
         try:
@@ -284,7 +283,7 @@ def _check_table(tar: Path, samples: Mapping[str, _Found], report: _Report) -> N
         report("table", f"{table_path(tar).name} has no row for it", key)
     for key, digest in hashes.items():
         found = samples.get(key)
-        extension = None if found is None else image_member(found.members)
+        extension = None if found is None else image_extension(found.members)
         if found is None:
             report("table", f"{table_path(tar).name} has a row, the archive has no such sample", key)
         elif (

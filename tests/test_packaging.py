@@ -86,6 +86,30 @@ def test_the_base_install_makes_and_checks_data(programs: Path, tmp_path: Path) 
     assert "seed" in run(clipstack, "train", "--help-config", cwd=tmp_path)
 
 
+JPEG_SHARD = """
+import io, tarfile
+from PIL import Image
+image = io.BytesIO()
+Image.new("RGB", (32, 32), "red").save(image, "JPEG")
+with tarfile.open("jpeg.tar", "w") as tar:
+    for name, data in (("0.jpg", image.getvalue()), ("0.txt", b"a red square")):
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+"""
+
+
+@pytest.mark.slow
+def test_the_base_install_names_the_extra_that_checking_jpegs_needs(programs: Path, tmp_path: Path) -> None:
+    run(programs / "python", "-c", JPEG_SHARD, cwd=tmp_path)
+    done = subprocess.run(
+        [programs / "clipstack", "data", "verify", "jpeg.tar"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "error: clipstack data verify needs simplejpeg: pip install 'clipstack[data]'\n"
+
+
 @pytest.mark.slow
 def test_the_recipes_are_found_outside_of_a_checkout(programs: Path, tmp_path: Path) -> None:
     read = "from clipstack.config import load_recipe as r; print(r('configs/demo.toml').run.dir)"

@@ -15,11 +15,12 @@ from data_pipelines.encode import StoredImage, prepare_image
 from data_pipelines.errors import SampleError, Stopped
 from data_pipelines.files import write_text
 from data_pipelines.index import Sample
+from data_pipelines.index.shard_index import image_extension
 from data_pipelines.index.writer import ShardWriter
 from data_pipelines.inputs.items import Item, ShardImage
 from data_pipelines.inputs.reading import ItemContent, read_item
 from data_pipelines.rights import RIGHTS_COLUMNS
-from data_pipelines.table import Row, describe, image_member, table_path, write_table
+from data_pipelines.table import Row, describe, table_path, write_table
 
 
 def build_shard(
@@ -98,7 +99,7 @@ def _members(
     if (
         raw.members
     ):  # from a shard: every member stays, in its order; the image may have changed its bytes and its name
-        image = image_member(raw.members)
+        image = image_extension(raw.members)
         assert image is not None
         return {
             (stored.format if stored else image) if name == image else name: (stored.data if stored else data)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,15 @@ from data_pipelines.tar import BLOCK, Damage
 DIGEST_BYTES = 16
 """Of the SHA-256 of each payload, so many leading bytes are kept."""
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+
+
+def image_extension(members: Container[str]) -> str | None:
+    """Which of a sample's members is its image, for everyone: the first of IMAGE_EXTENSIONS, as webdataset's
+    `rename(image="jpg;jpeg;png;...")` takes it; None where there is none.
+    """
+    return next((extension for extension in IMAGE_EXTENSIONS if extension in members), None)
+
+
 _KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's rule
 _META = re.compile(r"__[^/]*__($|/)")
 

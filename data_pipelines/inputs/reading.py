@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from data_pipelines.errors import SampleError
+from data_pipelines.index.shard_index import image_extension
 from data_pipelines.inputs.items import Base64Image, FileImage, Item, ParquetImage, ShardImage
 from data_pipelines.inputs.shards import read_members
 from data_pipelines.rights import rights_of, rights_of_json
-from data_pipelines.table import image_member, json_captions
+from data_pipelines.table import json_captions
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def read_item(item: Item) -> ItemContent:
     match item.image:
         case ShardImage():
             members = read_members(item.image)
-            extension = image_member(members)
+            extension = image_extension(members)
             if extension is None:
                 raise SampleError("no image")
             columns = {**rights_of_json(members.get("json", b"")), **item.columns}

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from data_pipelines.errors import SampleError
 from data_pipelines.images import MAX_IMAGE_PIXELS
-from data_pipelines.index.shard_index import IMAGE_EXTENSIONS, payload_digest
+from data_pipelines.index.shard_index import image_extension, payload_digest
 from data_pipelines.rights import EMPTY, RemovalList, rights_of_json
 
 MAX_CLASS_INDEX = 2**31 - 1
@@ -59,7 +59,9 @@ def parse_sample(
 
     Raises SampleError if it cannot be used, RemovedError if it must not be.
     """
-    extension = _image_extension(payloads)
+    extension = image_extension(payloads)
+    if extension is None:
+        raise SampleError(f"no image among its members ({', '.join(payloads)})")
     image = payloads[extension]
     digest = digest_of(extension) if digest_of else payload_digest(image)
     if options.removals:
@@ -69,13 +71,6 @@ def parse_sample(
         if line is not None:
             raise RemovedError(f"removed: {line}")
     return RawSample(key, image, digest, _captions(payloads, options), _class_index(payloads))
-
-
-def _image_extension(payloads: Mapping[str, bytes]) -> str:
-    for extension in IMAGE_EXTENSIONS:
-        if extension in payloads:
-            return extension
-    raise SampleError(f"no image among its members ({', '.join(payloads)})")
 
 
 def _captions(payloads: Mapping[str, bytes], options: ReadOptions) -> tuple[str, ...]:

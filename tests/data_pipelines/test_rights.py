@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 
 import pytest
 
 from data_pipelines.errors import DataError
+from data_pipelines.index import Sample, write_shard
 from data_pipelines.rights import load_removal_list, removed_samples, rights_of, shard_urls
-from tests.data_pipelines.making import jpeg, plain_shard
+from data_pipelines.stream.samples import ReadOptions, parse_sample
+from data_pipelines.table import describe
+from tests.data_pipelines.making import encoded, jpeg, picture, plain_shard
 
 DIGEST = hashlib.sha256(jpeg(2)).hexdigest()
 
@@ -62,3 +66,27 @@ def test_rights_come_under_every_usual_spelling() -> None:
 def test_shards_without_a_table_have_no_urls(tmp_path: Path) -> None:
     plain_shard(tmp_path / "a.tar", range(2))
     assert shard_urls(tmp_path / "a.tar") == {}
+
+
+@pytest.mark.parametrize("order", [("jpg", "png"), ("png", "jpg")])
+def test_of_two_images_all_take_the_same_whatever_comes_first(tmp_path: Path, order: tuple[str, str]) -> None:
+    """Training, the table, and both ways to remove a sample by its image."""
+    payloads = {"jpg": jpeg(1), "png": encoded(picture(2), "PNG")}
+    members = {**{extension: payloads[extension] for extension in order}, "txt": b"two"}
+    index = write_shard(tmp_path / "a.tar", [Sample("0", members)])
+    meant = hashlib.sha256(payloads["jpg"]).hexdigest()
+    assert parse_sample("a.tar/0", members, ReadOptions()).image == payloads["jpg"]
+    assert describe(Sample("0", members))["sha256"] == meant
+    list_file = tmp_path / "removed.txt"
+    list_file.write_text(f"sha256:{meant}\n")
+    assert list(removed_samples(load_removal_list(list_file), index, shard_name="a.tar")) == [0]
+
+
+def test_urls_that_nothing_can_read_are_an_error_with_the_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(DataError, match=r"a\.parquet.*pip install 'clipstack\[data\]'"):
+        shard_urls(tmp_path / "a.tar")
