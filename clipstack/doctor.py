@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from clipstack.errors import ConfigError
+
 OK, MISSING, BROKEN = "ok", "missing", "broken"
 
 
@@ -129,7 +131,11 @@ def _try_launcher() -> str:
 
 
 def _try_openvino() -> str:
-    importlib.import_module("serve.openvino_runtime").import_openvino()  # which keeps it from reporting its use
+    runtime = importlib.import_module("serve.openvino_runtime")
+    try:
+        runtime.import_openvino()  # not by itself: it would report its use to its makers
+    except ConfigError as error:
+        raise ImportError(str(error)) from error
     return ""
 
 

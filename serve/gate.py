@@ -40,7 +40,7 @@ def centred_cosine(vectors: Float32, reference: Float32) -> float:
 
 
 def passes(gate: Gate, dtype: str) -> bool:
-    return min(gate.image, gate.text) >= LEAST[dtype]
+    return gate.image >= LEAST[dtype] and gate.text >= LEAST[dtype]  # NaN fails; min() would let it through
 
 
 def _picture(seed: int, height: int, width: int) -> UInt8:

@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,13 +17,19 @@ from typing import Protocol
 from clipstack.checkpoint import LoadedModel, load_model
 from clipstack.errors import ConfigError
 
+import numpy as np  # isort: skip
 import torch  # isort: skip
 from PIL import Image  # isort: skip
 
 from serve.gate import GATE_IMAGES, GATE_TEXTS, centred_cosine, passes
 from serve.inputs import Inputs
-from serve.openvino_runtime import OpenVinoMissingError, OpenVinoRuntime, UnconvertibleError
-from serve.runtime import Float32, Gate, Runtime, RuntimeLoader, SelfTestError
+from serve.openvino_runtime import (
+    OpenVinoMissingError,
+    OpenVinoRuntime,
+    UnconvertibleError,
+    import_openvino,
+)
+from serve.runtime import CROWD, Float32, Gate, Runtime, RuntimeLoader, SelfTestError, TokenIds
 from serve.settings import ModelSpec, Settings
 from serve.torch_runtime import TorchRuntime, rows_of
 
@@ -31,6 +38,7 @@ logger = logging.getLogger("serve")
 TIMED_BATCHES = (1, 8)
 TIMED_ROUNDS = 4
 TIMED_FOR_S = 1.0  # no further round of a batch size after this long
+MOST_APART = 1e-5  # between the vectors of two engines that have one fingerprint
 BF16_MUST_GAIN = 1.2  # how much faster bfloat16 must be to be chosen by "auto"
 
 
@@ -86,6 +94,7 @@ def check_engine(settings: Settings, device: torch.device) -> None:
     """Raises ConfigError for an engine that was asked for and cannot do what else was asked for."""
     if settings.engine != "openvino":
         return
+    import_openvino()  # what is missing is said before anything is loaded
     if device.type != "cpu":
         raise ConfigError(
             f"engine = 'openvino': computes on the CPU alone and the device is {device}; "
@@ -108,7 +117,7 @@ def build_runtime(loaded: LoadedModel, settings: Settings, *, device: torch.devi
     plain, inputs = _torch_in_float32(loaded, reference, settings, device)
     found: list[Engine] = []
     if settings.engine != "torch" and settings.dtype != "bfloat16" and device.type == "cpu":
-        found += _openvino(loaded, inputs, reference, settings)
+        found += _openvino(loaded, inputs, reference, plain, settings)
     if settings.engine != "openvino" and settings.dtype != "bfloat16":
         found.append(plain)
     if settings.engine != "openvino" and settings.dtype != "float32":
@@ -143,28 +152,64 @@ def _torch_in_bfloat16(plain: TorchRuntime, reference: _Reference, *, forced: bo
     return [engine]
 
 
-def _openvino(loaded: LoadedModel, inputs: Inputs, reference: _Reference, settings: Settings) -> list[Engine]:
+def _openvino(
+    loaded: LoadedModel, inputs: Inputs, reference: _Reference, plain: TorchRuntime, settings: Settings
+) -> list[Engine]:
     """The same model compiled by OpenVINO. Where that fails: none, or an error where it was asked for."""
     try:
-        engine = _openvino_that_passes(loaded, inputs, reference, settings)
+        engine = _openvino_that_passes(loaded, inputs, reference, plain, settings)
     except (OpenVinoMissingError, UnconvertibleError, SelfTestError) as error:
         if settings.engine == "openvino":
             raise
-        logger.info("openvino not taken", extra={"reason": str(error)})
+        level = logging.INFO if isinstance(error, OpenVinoMissingError) else logging.WARNING
+        logger.log(level, "openvino not taken", extra={"reason": str(error)})
         return []
     return [engine]
 
 
 def _openvino_that_passes(
-    loaded: LoadedModel, inputs: Inputs, reference: _Reference, settings: Settings
+    loaded: LoadedModel, inputs: Inputs, reference: _Reference, plain: TorchRuntime, settings: Settings
 ) -> OpenVinoRuntime:
+    """Raises UnconvertibleError, and SelfTestError for vectors that are not the plain engine's."""
     engine = OpenVinoRuntime(loaded, inputs, threads=settings.device_threads, lanes=settings.device_lanes)
     try:
-        gate = reference.gate_of(engine)
-    except RuntimeError as error:  # such as a size that was written into the graph
+        engine.accept(_checked(reference.gate_of(engine), "float32"))
+        for others in (0, settings.device_lanes - 1):  # alone, then as one of several: two compiled forms
+            with ExitStack() as lanes:
+                for _ in range(others):
+                    lanes.enter_context(CROWD.batch(1))
+                _check_equal(engine, plain, inputs)
+    except (RuntimeError, ValueError, MemoryError) as error:  # such as a size that was written into the graph
         raise UnconvertibleError.because(error) from error
-    engine.accept(_checked(gate, "float32"))
     return engine
+
+
+def _check_equal(engine: OpenVinoRuntime, plain: TorchRuntime, inputs: Inputs) -> None:
+    """Both have one fingerprint, so their vectors must be equal: for one input and for several, for texts of
+    all lengths. Raises SelfTestError.
+    """
+    images = [inputs.prepare_image(picture) for picture in GATE_IMAGES[:3]]
+    texts = [inputs.tokenize(text, truncate=True).ids for text in GATE_TEXTS]
+    if inputs.can_trim:
+        longest = max(texts, key=len)
+        texts += [_of_length(longest, length) for length in (40, engine.info.context_length)]
+    pairs = [
+        (engine.encode_images(images), plain.encode_images(images)),
+        (engine.encode_images(images[:1]), plain.encode_images(images[:1])),
+        (engine.encode_texts(texts), plain.encode_texts(texts)),
+        *((engine.encode_texts([ids]), plain.encode_texts([ids])) for ids in texts),
+    ]
+    apart = max(float(np.abs(ours - theirs).max()) for ours, theirs in pairs)
+    if not all(np.isfinite(ours).all() for ours, _ in pairs) or apart > MOST_APART:
+        raise SelfTestError(
+            f"engine = 'openvino': its vectors differ from torch's by up to {apart:.1g}, more than "
+            f"{MOST_APART:g}; take --engine torch"
+        )
+
+
+def _of_length(ids: TokenIds, length: int) -> TokenIds:
+    """A text's tokens with its words cut or repeated, between the same start and end."""
+    return np.concatenate([ids[:1], np.resize(ids[1:-1], max(0, length - 2)), ids[-1:]])
 
 
 def _checked(gate: Gate, dtype: str) -> Gate:

@@ -34,7 +34,7 @@ _TRACING = threading.Lock()  # torch keeps what it traces in one place for all t
 
 
 class OpenVinoMissingError(ConfigError):
-    """The package is not installed."""
+    """The package is not installed, or cannot be imported."""
 
 
 class UnconvertibleError(ClipstackError):
@@ -125,11 +125,22 @@ def import_openvino() -> Any:
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         return importlib.import_module("openvino")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "openvino":
+            raise OpenVinoMissingError(_broken(error)) from error
         raise OpenVinoMissingError(
             "engine = 'openvino': the package is not installed; pip install 'clipstack[openvino]', "
             "or take --engine torch"
         ) from error
+    except (ImportError, OSError) as error:  # a library of its own that is missing or does not fit
+        raise OpenVinoMissingError(_broken(error)) from error
+
+
+def _broken(error: Exception) -> str:
+    return (
+        f"engine = 'openvino': the package is installed and cannot be imported ({error}); "
+        "pip install --force-reinstall 'clipstack[openvino]', or take --engine torch"
+    )
 
 
 class _ImageTower(nn.Module):
@@ -166,6 +177,15 @@ def _compiled(
     ov: Any, tower: nn.Module, example: Tensor, shape: list[int], cores: Cores, *, alone: bool
 ) -> _Tower:
     """alone: also for a batch that has all cores to itself. Raises UnconvertibleError."""
+    model = _converted(tower, example, shape)
+    try:
+        return _Tower(ov.Core(), model, cores, alone=alone)
+    except (RuntimeError, MemoryError) as error:
+        raise UnconvertibleError.because(error) from error
+
+
+def _converted(tower: nn.Module, example: Tensor, shape: list[int]) -> Any:
+    """The tower as OpenVINO's graph. Raises UnconvertibleError for whatever a model of others makes of it."""
     frontends = importlib.import_module("openvino.frontend")
     decoders = importlib.import_module("openvino.frontend.pytorch.ts_decoder")
     reasons = (
@@ -189,7 +209,7 @@ def _compiled(
         decoder = decoders.TorchScriptPythonDecoder(traced)  # must live until the model has been made of it
         model = frontend.convert(frontend.load(decoder))
         model.reshape(shape)
-        return _Tower(ov.Core(), model, cores, alone=alone)
+        return model
     except reasons as error:
         raise UnconvertibleError.because(error) from error
 
@@ -212,13 +232,13 @@ class _Tower:
         def compiled(threads: int, streams: int) -> _Requests:
             return _Requests(core.compile_model(model, "CPU", _options(threads, streams)))
 
-        self._share = cores.share
+        self._share, self._all = cores.share, cores.threads
         self._shared = compiled(cores.share * cores.lanes, cores.lanes)
         self._whole = compiled(cores.threads, 1) if alone and cores.share < cores.threads else self._shared
 
     def __call__(self, batch: TokenIds | UInt8, threads: int) -> Float32:
         """threads: how many the batch should use."""
-        requests = self._whole if threads > self._share else self._shared
+        requests = self._whole if threads > (self._share + self._all) // 2 else self._shared
         with requests.one() as request:
             rows: Float32 = request.infer([batch], share_inputs=True)[0]
             return rows
@@ -231,6 +251,7 @@ def _options(threads: int, streams: int) -> dict[str, Any]:
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": streams,
         "ENABLE_CPU_PINNING": False,  # decoders and other processes use the same cores
+        "ENABLE_HYPER_THREADING": True,  # a core of a cloud machine is one, and threads are counted so
     }
 
 
@@ -249,8 +270,6 @@ class _Requests:
         with self._lock:
             request = self._free.pop() if self._free else None
         request = request or self._compiled.create_infer_request()
-        try:
-            yield request
-        finally:
-            with self._lock:
-                self._free.append(request)
+        yield request
+        with self._lock:  # not where it raised: nobody says what state that leaves it in
+            self._free.append(request)

@@ -14,6 +14,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from serve.listening import BACKLOG
 from serve.protocol import GuardedProtocol
 from serve.service import Service
 from serve.settings import Settings
@@ -76,7 +77,10 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the port, answer what had reached it by then, and only then close the connections."""
         for connection in await self._close_port(sockets or []):
-            await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
+            try:
+                await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
+            except OSError:  # it has gone
+                connection.close()
         if self._stop_asked_at is not None:
             await asyncio.sleep(min(LAST_WORDS_S, self._grace_left_s()))
         # uvicorn hands it to asyncio, which takes fractions of a second; what is left then is cancelled.
@@ -87,7 +91,9 @@ class Server(uvicorn.Server):
         """The connections that nobody had taken from the port's queue: closing it would reset them, with the
         requests in them. So the port is held open by a second handle until the queue is empty.
         """
-        handles = [listener.dup() for listener in sockets]
+        handles = []
+        with suppress(OSError):  # no handle is left: then the queue is lost, as it always was
+            handles = [listener.dup() for listener in sockets]
         for server in self.servers:
             server.close()
         for listener in sockets:
@@ -96,9 +102,13 @@ class Server(uvicorn.Server):
         waiting = []
         for handle in handles:
             handle.setblocking(False)
-            with suppress(BlockingIOError):
-                while True:
+            for _ in range(BACKLOG):  # as many as the queue holds: more keep coming under load
+                try:
                     waiting.append(handle.accept()[0])
+                except ConnectionAbortedError:
+                    continue  # it has gone while it waited
+                except OSError:  # the queue is empty, or no handle is left
+                    break
             handle.close()
         return waiting
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from serve.app import create_app
 from serve.gate import passes
 from serve.loading import check_engine, load_runtime
 from serve.openvino_runtime import OpenVinoRuntime, UnconvertibleError
-from serve.runtime import Float32, Runtime, SelfTestError
+from serve.runtime import Float32, Gate, Runtime, SelfTestError
 from serve.security import hash_token
 from serve.settings import ModelSpec, Settings
 from serve.torch_runtime import TorchRuntime
@@ -136,6 +137,42 @@ def test_vectors_that_fail_the_gate_go_to_torch(
     assert "gate" in reason(log)
     with pytest.raises(SelfTestError, match="gate"):
         load(folder, engine="openvino")
+
+
+@pytest.mark.parametrize("gate", [Gate(1.0, math.nan), Gate(math.nan, 1.0), Gate(0.5, 1.0), Gate(1.0, 0.5)])
+def test_the_gate_lets_nothing_but_close_vectors_through(gate: Gate) -> None:
+    assert not passes(gate, "float32") and passes(Gate(1.0, 1.0), "float32")
+
+
+@pytest.mark.parametrize(
+    "spoilt", [lambda rows: rows + np.float32(1e-4), lambda rows: rows * np.float32(math.nan)]
+)
+def test_vectors_that_are_not_torch_s_for_long_texts_alone_go_to_torch(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    log: pytest.LogCaptureFixture,
+    spoilt: Callable[[Float32], Float32],
+) -> None:
+    original = OpenVinoRuntime.encode_texts
+
+    def wrong_for_one(self: OpenVinoRuntime, texts: Any) -> Float32:
+        rows = original(self, texts)
+        return spoilt(rows) if len(texts) == 1 and len(texts[0]) > 15 else rows
+
+    monkeypatch.setattr(OpenVinoRuntime, "encode_texts", wrong_for_one)
+    assert load(folder).info.engine.startswith("torch")
+    assert "differ" in reason(log)
+
+
+def test_a_package_that_is_broken_is_told_from_one_that_is_missing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(name: str) -> Any:
+        raise ImportError("libtbb.so.12: cannot open shared object file")
+
+    monkeypatch.setattr("serve.openvino_runtime.importlib.import_module", broken)
+    with pytest.raises(ConfigError, match=r"cannot be imported \(libtbb.*force-reinstall"):
+        check_engine(Settings(engine="openvino"), torch.device("cpu"))
 
 
 def test_a_graph_that_only_takes_some_batches_goes_to_torch(

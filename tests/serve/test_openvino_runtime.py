@@ -110,6 +110,14 @@ def test_threads_that_compute_at_once_do_not_mix(runtime: OpenVinoRuntime) -> No
         assert all(pool.map(work, list(range(8)) * 16))
 
 
+def test_what_raised_is_not_used_again(runtime: OpenVinoRuntime) -> None:
+    (image,) = images_of(runtime, 1)
+    expected = runtime.encode_images([image])
+    with pytest.raises(RuntimeError):
+        runtime.encode_images([image[:, :5]])
+    assert_equal(runtime.encode_images([image]), expected)
+
+
 def test_rows_that_were_given_out_stay_as_they_are(runtime: OpenVinoRuntime) -> None:
     first, second = images_of(runtime, 2)
     rows = runtime.encode_images([first])
