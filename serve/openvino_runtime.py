@@ -187,7 +187,6 @@ def _compiled(
 def _converted(tower: nn.Module, example: Tensor, shape: list[int]) -> Any:
     """The tower as OpenVINO's graph. Raises UnconvertibleError for whatever a model of others makes of it."""
     frontends = importlib.import_module("openvino.frontend")
-    decoders = importlib.import_module("openvino.frontend.pytorch.ts_decoder")
     reasons = (
         RuntimeError,
         TypeError,
@@ -201,24 +200,40 @@ def _converted(tower: nn.Module, example: Tensor, shape: list[int]) -> Any:
         frontends.OpConversionFailure,
         frontends.OpValidationFailure,
     )
-    try:
-        traced = _traced(tower, example)
-        # What openvino.convert_model does, without its changes to the root logger, which belongs to others.
-        manager = frontends.FrontEndManager()
-        frontend = manager.load_by_framework("pytorch")
-        decoder = decoders.TorchScriptPythonDecoder(traced)  # must live until the model has been made of it
-        model = frontend.convert(frontend.load(decoder))
-        model.reshape(shape)
-        return model
-    except reasons as error:
-        raise UnconvertibleError.because(error) from error
+    with _TRACING:
+        try:
+            return _through_frontend(_traced(tower, example), shape)
+        except reasons as error:
+            raise UnconvertibleError.because(error) from error
+        finally:
+            _forget_traces()
+
+
+def _through_frontend(traced: Any, shape: list[int]) -> Any:
+    """What openvino.convert_model does, without its changes to the root logger, which belongs to others."""
+    frontends = importlib.import_module("openvino.frontend")
+    decoders = importlib.import_module("openvino.frontend.pytorch.ts_decoder")
+    frontend = frontends.FrontEndManager().load_by_framework("pytorch")
+    decoder = decoders.TorchScriptPythonDecoder(traced)  # must live until the model has been made of it
+    model = frontend.convert(frontend.load(decoder))
+    model.reshape(shape)
+    return model
+
+
+def _forget_traces() -> None:
+    """torch keeps the types of all that was ever traced (pytorch#86537), 4 MB for each time that a small
+    model is loaded; nothing here needs them afterwards.
+    """
+    torch._C._jit_clear_class_registry()
+    torch.jit._recursive.concrete_type_store = torch.jit._recursive.ConcreteTypeStore()
+    torch.jit._state._clear_class_state()
 
 
 def _traced(tower: nn.Module, example: Tensor) -> Any:
     """torch warns of Python values that a trace makes constant, which the gate finds where it matters, and
     that there are newer ways, which take longer.
     """
-    with _TRACING, torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.jit.trace(tower, (example,), check_trace=False)  # type: ignore[no-untyped-call]
 
