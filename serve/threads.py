@@ -7,8 +7,8 @@ import sys
 import threading
 
 NICENESS = 2
-"""One step is about a quarter more processor time for the other. Not more than it takes: a thread that holds the
-interpreter and gets no core, because other programs want it, holds up the event loop as well."""
+"""One step is about a quarter more processor time for the other. Not more than it takes: a thread that holds
+the interpreter and gets no core, because other programs want it, holds up the event loop as well."""
 
 
 def give_way() -> None:
