@@ -127,7 +127,8 @@ class Preprocess:
 
     @cached_property
     def _tokens(self) -> Any:
-        return lru_cache(CACHED_CAPTIONS)(lambda caption: self.tokenizer([caption])[0])
+        tokenizer = self.tokenizer  # not through self, here and below: the cycle would outlive a replaced model
+        return lru_cache(CACHED_CAPTIONS)(lambda caption: tokenizer([caption])[0])
 
     @cached_property
     def _mode(self) -> InterpolationMode:
@@ -147,7 +148,8 @@ class Preprocess:
 
     @cached_property
     def _mean_std(self) -> Any:
-        return lru_cache(8)(lambda device: (_column(self.mean, device), _column(self.std, device)))
+        mean, std = self.mean, self.std
+        return lru_cache(8)(lambda device: (_column(mean, device), _column(std, device)))
 
     @cached_property
     def _random_changes(self) -> v2.Compose | None:

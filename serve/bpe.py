@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Protocol
 
 from serve.errors import ErrorCode, ServeError
@@ -45,7 +45,8 @@ class BoundedBpe:
         self._special = {
             word for word, token in tokenizer.encoder.items() if token in tokenizer.all_special_ids
         }
-        self._cached = lru_cache(CACHED_WORDS)(self._encode_word)
+        self._ids_of = partial(_ids_of, tokenizer)  # no method: a cache of those would be a cycle, and stay
+        self._cached = lru_cache(CACHED_WORDS)(self._ids_of)
 
     def encode(self, text: str) -> list[int]:
         """Raises ServeError text_special_token: such a token in the middle would end the text there, in
@@ -58,13 +59,14 @@ class BoundedBpe:
                     f"the text contains {word}, which the model would take for its own marker; remove it"
                 )
                 raise ServeError(ErrorCode.TEXT_SPECIAL_TOKEN, message)
-            ids.extend(self._cached(word) if len(word) <= CACHED_WORD_LENGTH else self._encode_word(word))
+            ids.extend(self._cached(word) if len(word) <= CACHED_WORD_LENGTH else self._ids_of(word))
         return ids
 
-    def _encode_word(self, word: str) -> tuple[int, ...]:
-        symbols = [self._tokenizer.byte_encoder[byte] for byte in word.encode("utf-8", "replace")]
-        symbols[-1] += _END
-        return tuple(self._tokenizer.encoder[symbol] for symbol in merge(symbols, self._tokenizer.bpe_ranks))
+
+def _ids_of(tokenizer: SimpleTokenizer, word: str) -> tuple[int, ...]:
+    symbols = [tokenizer.byte_encoder[byte] for byte in word.encode("utf-8", "replace")]
+    symbols[-1] += _END
+    return tuple(tokenizer.encoder[symbol] for symbol in merge(symbols, tokenizer.bpe_ranks))
 
 
 def merge(symbols: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:

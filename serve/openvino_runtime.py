@@ -4,6 +4,7 @@ imported when the engine is made, and not before.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import math
 import sys
@@ -200,13 +201,11 @@ def _converted(tower: nn.Module, example: Tensor, shape: list[int]) -> Any:
         frontends.OpConversionFailure,
         frontends.OpValidationFailure,
     )
-    with _TRACING:
+    with _TRACING, _traces_forgotten():
         try:
             return _through_frontend(_traced(tower, example), shape)
         except reasons as error:
             raise UnconvertibleError.because(error) from error
-        finally:
-            _forget_traces()
 
 
 def _through_frontend(traced: Any, shape: list[int]) -> Any:
@@ -220,13 +219,21 @@ def _through_frontend(traced: Any, shape: list[int]) -> Any:
     return model
 
 
-def _forget_traces() -> None:
+@contextmanager
+def _traces_forgotten() -> Iterator[None]:
     """torch keeps the types of all that was ever traced (pytorch#86537), 4 MB for each time that a small
-    model is loaded; nothing here needs them afterwards.
+    model is loaded, and each trace leaves a cycle that holds the model, weights and all, until Python's
+    rarest collection comes by. Nothing here needs either afterwards.
     """
-    torch._C._jit_clear_class_registry()
-    torch.jit._recursive.concrete_type_store = torch.jit._recursive.ConcreteTypeStore()
-    torch.jit._state._clear_class_state()
+    gc.freeze()  # to collect among all the objects of a server would stop it for 0.3 s
+    try:
+        yield
+    finally:
+        torch._C._jit_clear_class_registry()
+        torch.jit._recursive.concrete_type_store = torch.jit._recursive.ConcreteTypeStore()
+        torch.jit._state._clear_class_state()
+        gc.collect()
+        gc.unfreeze()
 
 
 def _traced(tower: nn.Module, example: Tensor) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, contextmanager
@@ -97,9 +98,17 @@ async def or_refuse(work: Awaitable[T], what: str) -> T:
     error = task.exception()
     if error is None:
         return task.result()
+    _let_go(error)
     if isinstance(error, ClipstackError):
         raise error
     raise SelfTestError(f"{what} ({type(error).__name__}: {error})") from error
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Empty the frames that it came through: they hold the model that was refused, for as long as it lives."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def canary_image(runtime: Runtime) -> UInt8:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from serve.security import hash_token
 from serve.settings import ModelSpec, Settings
 from serve.torch_runtime import TorchRuntime
 from tests.serve.models import save_model, tiny_model
+from tests.serve.pictures import data_uri, jpeg
 
 
 @pytest.fixture(scope="module")
@@ -230,3 +233,42 @@ def test_reload_and_roll_back_with_openvino(tmp_path: Path) -> None:
         assert model["engine"].startswith("openvino ") and model["dtype"] == "float32"
         gauge = f'model_info{{engine="{model["engine"]}",fingerprint="{model["fingerprint"]}",model="m"}} 1.0'
         assert gauge in client.get("/metrics").text
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+def test_a_reload_lets_go_of_the_model_that_goes_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """Not when Python's rarest collection comes by: weights of gigabytes would stand twice until then."""
+    seen: list[weakref.ref[Any]] = []
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        loaded = load_model(*arguments, **options)
+        seen.extend(map(weakref.ref, (loaded, loaded.model, loaded.tokenizer)))
+        return loaded
+
+    monkeypatch.setattr("serve.loading.load_model", watched)
+    folder = save_model(tmp_path / "model", tiny_model())
+    settings = Settings(
+        models=(ModelSpec(id="m", source=str(folder)),),
+        engine=engine,
+        label_set_file=tmp_path / "sets.sqlite3",
+        admin_token_hashes=(hash_token("root"),),
+    )
+    body = {"model": "m", "input": ["a photo of a cat", {"image": data_uri(jpeg())}]}
+    gc.disable()
+    try:
+        with TestClient(create_app(settings), headers={"authorization": "Bearer root"}) as client:
+            assert client.post("/v1/embeddings", json=body).status_code == 200
+            save_model(folder, tiny_model(1))
+            assert client.post("/v1/models/reload", json={}).json()["changed"]
+            assert client.post("/v1/embeddings", json=body).status_code == 200
+            assert [part() for part in seen[:3]] == [None] * 3
+            damaged = tiny_model(2)
+            next(damaged.parameters()).fill_(float("nan"))
+            save_model(folder, damaged)
+            assert client.post("/v1/models/reload", json={}).status_code == 409
+            assert client.post("/v1/embeddings", json=body).status_code == 200
+            assert [part() for part in seen[6:]] == [None] * 3
+    finally:
+        gc.enable()

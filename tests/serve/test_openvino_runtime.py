@@ -171,6 +171,7 @@ def test_a_tower_that_cannot_be_taken_over_is_named_with_the_fix(
 
 LOADED_AGAIN = """
 import gc, sys
+gc.disable()
 from clipstack.checkpoint import load_model
 from serve.inputs import Inputs
 from serve.openvino_runtime import OpenVinoRuntime
@@ -181,23 +182,21 @@ def resident_mb():
     return int(open("/proc/self/statm").read().split()[1]) * 4 / 1024
 for _ in range(12):
     load()
-gc.collect()
 before = resident_mb()
 for _ in range(12):
     load()
-gc.collect()
 print(resident_mb() - before)
 """
 
 
 @pytest.mark.slow
 def test_loading_again_and_again_keeps_memory_flat(tmp_path: Path) -> None:
-    """What tracing leaves behind would be 46 MB here."""
+    """Types that tracing leaves behind would be 46 MB here, cycles that wait for Python's collection 250 MB."""
     done = subprocess.run(
         [sys.executable, "-c", LOADED_AGAIN, str(save_model(tmp_path / "model", tiny_model()))],
         cwd=REPOSITORY, env={**os.environ, **QUIET}, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert float(done.stdout) < 15
+    assert float(done.stdout) < 25
 
 
 QUIET = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
