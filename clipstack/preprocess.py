@@ -127,7 +127,7 @@ class Preprocess:
 
     @cached_property
     def _tokens(self) -> Any:
-        tokenizer = self.tokenizer  # not through self, here and below: the cycle would outlive a replaced model
+        tokenizer = self.tokenizer  # not through self, here and below: a cycle outlives a replaced model
         return lru_cache(CACHED_CAPTIONS)(lambda caption: tokenizer([caption])[0])
 
     @cached_property

@@ -105,7 +105,7 @@ async def or_refuse(work: Awaitable[T], what: str) -> T:
 
 
 def _let_go(error: BaseException | None) -> None:
-    """Empty the frames that it came through: they hold the model that was refused, for as long as it lives."""
+    """Empty the frames that it came through: they hold the refused model for as long as it lives."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

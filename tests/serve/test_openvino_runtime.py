@@ -191,7 +191,7 @@ print(resident_mb() - before)
 
 @pytest.mark.slow
 def test_loading_again_and_again_keeps_memory_flat(tmp_path: Path) -> None:
-    """Types that tracing leaves behind would be 46 MB here, cycles that wait for Python's collection 250 MB."""
+    """Types that tracing leaves behind would be 46 MB here, cycles that wait to be collected 250 MB."""
     done = subprocess.run(
         [sys.executable, "-c", LOADED_AGAIN, str(save_model(tmp_path / "model", tiny_model()))],
         cwd=REPOSITORY, env={**os.environ, **QUIET}, capture_output=True, text=True, check=True,
