@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import pydantic_core
 from starlette.datastructures import Headers, MutableHeaders
@@ -19,11 +19,9 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.errors import ErrorCode, ServeError
+from serve.errors import ErrorCode, ServeError, draining
 from serve.security import bearer_token, caller_of
-
-if TYPE_CHECKING:
-    from serve.service import Service
+from serve.service import Service
 
 logger = logging.getLogger("serve.requests")
 
@@ -165,12 +163,6 @@ def admit(service: Service, scope: Scope) -> None:
         caller = str((scope.get("client") or ("",))[0])
     if path not in ALIVE_PATHS:
         service.limiter.take(caller)
-
-
-def draining() -> ServeError:
-    return ServeError(
-        ErrorCode.DRAINING, "this server is shutting down; send the request elsewhere", retry_after_s=1.0
-    )
 
 
 def route_path(scope: Scope) -> str:

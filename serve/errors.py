@@ -119,3 +119,9 @@ class ServeError(Exception):
     def at(self, param: str) -> ServeError:
         """The same error, naming which part of the request it is about."""
         return ServeError(self.code, self.message, param=param, retry_after_s=self.retry_after_s)
+
+
+def draining() -> ServeError:
+    return ServeError(
+        ErrorCode.DRAINING, "this server is shutting down; send the request elsewhere", retry_after_s=1.0
+    )

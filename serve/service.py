@@ -13,8 +13,7 @@ from clipstack.errors import ClipstackError
 from serve.batching import BatchLimits, Budget, Kind, SharedCores
 from serve.bodies import ByteBudget
 from serve.decoding import DecodePool
-from serve.edge import draining
-from serve.errors import ErrorCode, ServeError
+from serve.errors import ErrorCode, ServeError, draining
 from serve.gallery import Gallery
 from serve.images import ImageLimits
 from serve.label_sets import LabelSetStore, MatrixCache, MatrixKey

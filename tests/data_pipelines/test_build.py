@@ -23,7 +23,7 @@ from PIL import Image
 
 from data_pipelines.building import run as build_run
 from data_pipelines.building.plan import Job
-from data_pipelines.building.reports import ShardReport
+from data_pipelines.building.reports import ShardReport, report_path
 from data_pipelines.cli import main
 from data_pipelines.errors import ShardError
 from data_pipelines.index import load_index
@@ -372,7 +372,7 @@ def test_removal_list_keeps_samples_out_and_logs_each(tmp_path: Path) -> None:
 
 
 def start_long_build(tmp_path: Path, processes: str) -> subprocess.Popen[str]:
-    """A build of many shards, in another process, that has finished its first."""
+    """A build of many shards, in another process, that has finished its first: the report stands."""
     source = tmp_path / "in"
     image_folder(source, 1)
     noise = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (900, 900, 3), dtype=np.uint8)))
@@ -385,9 +385,14 @@ def start_long_build(tmp_path: Path, processes: str) -> subprocess.Popen[str]:
                "--processes", processes]  # fmt: skip
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not list((tmp_path / "out").glob("*.tar")) and time.monotonic() < deadline:
+    while not finished_shards(tmp_path / "out") and time.monotonic() < deadline:
         time.sleep(0.02)
     return process
+
+
+def finished_shards(out: Path) -> list[Path]:
+    """Those of a build under way that another start of it will not make again."""
+    return [shard for shard in sorted(out.glob("*.tar")) if report_path(out, shard.name).exists()]
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
@@ -407,7 +412,8 @@ def test_a_killed_build_leaves_no_worker_behind_and_is_resumed(tmp_path: Path) -
     # Every process of the build holds this end of the pipe: it is at its end when the last of them is gone.
     process.communicate(timeout=60)
     assert not (tmp_path / "out/build.json").exists()
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.tar")}
+    before = {p: p.stat().st_mtime_ns for p in finished_shards(tmp_path / "out")}
+    assert before
     assert build(tmp_path / "in", "-o", tmp_path / "out", "--samples-per-shard", "10") == 0
     assert before.items() <= {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.tar")}.items()
     assert not list((tmp_path / "out").glob(".*"))
