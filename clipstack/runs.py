@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from clipstack.charts import Points, line_chart
+from clipstack.checkpoint.finding import is_finished
 from clipstack.checkpoint.folder import newest_step
 from clipstack.checkpoint.layout import RECIPE_FILE
-from clipstack.checkpoint.weights import is_finished
 from clipstack.errors import ConfigError
 from clipstack.files import write_text
 from clipstack.run_log import EVAL_FILE, METRICS_FILE, read_jsonl

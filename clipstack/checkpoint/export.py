@@ -21,6 +21,7 @@ from clipstack.checkpoint.cards import (
     model_card,
     run_evaluations,
 )
+from clipstack.checkpoint.finding import weights_folder
 from clipstack.checkpoint.layout import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -31,9 +32,8 @@ from clipstack.checkpoint.layout import (
     STATE_FILE,
     WEIGHTS_FILE,
     read_json,
-    read_tensors,
 )
-from clipstack.checkpoint.weights import fingerprint_of, read_weights, weights_folder
+from clipstack.checkpoint.weights import fingerprint_of, read_tensors, read_weights
 from clipstack.config import parse_recipe
 from clipstack.errors import CheckpointError, ConfigError
 from clipstack.files import whole_folder

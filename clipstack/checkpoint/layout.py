@@ -6,10 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-
 from clipstack.errors import CheckpointError
 
 FORMAT = 1
@@ -37,20 +33,6 @@ def checkpoint_name(step: int) -> str:
 def step_of(checkpoint: Path) -> int:
     """The step that a checkpoint's folder is named for."""
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises CheckpointError."""
-    try:
-        return load_file(file)
-    except FileNotFoundError:
-        # safetensors says so, too, of a file that it may not read.
-        problem = (
-            "may not be read by this user" if file.exists() else "missing; only safetensors weights are read"
-        )
-        raise CheckpointError(f"{file}: {problem}") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{file}: damaged ({error}); export the model again") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,12 +12,12 @@ import open_clip
 import torch
 from torch import nn
 
+from clipstack.checkpoint.finding import weights_folder
 from clipstack.checkpoint.weights import (
     DEFAULT_MAX_LOGIT_SCALE,
     FoundWeights,
     fingerprint_of,
     read_weights,
-    weights_folder,
 )
 from clipstack.errors import ConfigError
 from clipstack.model import ClipModel

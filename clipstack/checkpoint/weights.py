@@ -1,4 +1,4 @@
-"""Which folder holds a model's weights (a run's, a checkpoint's, an export's), and the weights in it."""
+"""The weights in a checkpoint's or an export's folder."""
 
 from __future__ import annotations
 
@@ -8,23 +8,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from clipstack.checkpoint.folder import newest_sound, newest_step
 from clipstack.checkpoint.layout import (
-    CHECKPOINTS,
     CONFIG_FILE,
-    EXPORT,
     FORMAT,
     MANIFEST_FILE,
     RECORD_FILE,
     STATE_FILE,
     WEIGHTS_FILE,
     read_json,
-    read_tensors,
 )
 from clipstack.checkpoint.manifest import damage
-from clipstack.errors import CheckpointError, ConfigError
+from clipstack.errors import CheckpointError
 from clipstack.towers import ModelRecord, record_of_tables
 
 DEFAULT_MAX_LOGIT_SCALE = 4.605170185988092  # ln 100
@@ -39,22 +37,6 @@ class FoundWeights(NamedTuple):
     tensors: Mapping[str, Tensor]
 
 
-def exported_step(export: Path) -> int | None:
-    """The step whose weights an export holds; None where there is no whole one."""
-    record = export / RECORD_FILE
-    try:
-        step: int | None = read_json(record).get("step") if record.is_file() else None
-    except CheckpointError:  # damaged: it is written again
-        return None
-    return step
-
-
-def is_finished(run_dir: Path, *, step: int, steps: int) -> bool:
-    """Whether a run of `steps` steps has nothing left to do; step: of its newest checkpoint. An export of an
-    earlier step is from before the run was given more steps."""
-    return step >= steps and exported_step(run_dir / EXPORT) == step
-
-
 def fingerprint_of(record: ModelRecord, weights: Mapping[str, Tensor]) -> str:
     """32 hex digits over the tables and every tensor's name, type, shape and bytes."""
     digest = hashlib.sha256(record.to_json().encode())
@@ -63,35 +45,6 @@ def fingerprint_of(record: ModelRecord, weights: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
-
-
-def weights_folder(path: Path, *, prefer_export: bool) -> Path:
-    """The folder below a run, or the folder itself, that holds config and weights. Raises CheckpointError.
-
-    prefer_export: a run's export rather than its newest checkpoint, unless the run has gone on since.
-    """
-    if not path.is_dir():
-        raise ConfigError(f"{path}: no such folder; name a run folder, a checkpoint or an exported model")
-    if (path / CONFIG_FILE).is_file():
-        return path
-    export = path / EXPORT
-    if prefer_export and (export / CONFIG_FILE).is_file() and not _has_gone_on(path, exported_step(export)):
-        return export
-    sound, damaged = newest_sound(path / CHECKPOINTS)
-    if sound is None:
-        found = (
-            f"only damaged ones: {'; '.join(damaged)}" if damaged else f"no {CONFIG_FILE} and no checkpoints/"
-        )
-        problem = CheckpointError if damaged else ConfigError  # damage is no mistake of the user's
-        raise problem(
-            f"{path}: no model here ({found}); name a run folder, a checkpoint or an exported model"
-        )
-    return sound
-
-
-def _has_gone_on(run_dir: Path, exported: int | None) -> bool:
-    """Whether a run has a checkpoint of a later step than its export; None: an export of others' making."""
-    return exported is not None and newest_step(run_dir) > exported
 
 
 def read_weights(path: Path) -> FoundWeights:
@@ -122,3 +75,17 @@ def read_weights(path: Path) -> FoundWeights:
             f"{path}: max_logit_scale is {max_logit_scale!r}, not a number; export the model again"
         )
     return FoundWeights(record, float(max_logit_scale), read_tensors(path / WEIGHTS_FILE))
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises CheckpointError."""
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        # safetensors says so, too, of a file that it may not read.
+        problem = (
+            "may not be read by this user" if file.exists() else "missing; only safetensors weights are read"
+        )
+        raise CheckpointError(f"{file}: {problem}") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: damaged ({error}); export the model again") from error

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clipstack.checkpoint.finding import is_finished
 from clipstack.checkpoint.folder import checkpoints, finish_replacements, newest_sound
 from clipstack.checkpoint.layout import CHECKPOINTS, RECIPE_FILE, step_of
 from clipstack.checkpoint.snapshot import Snapshot, load_snapshot
-from clipstack.checkpoint.weights import is_finished
 from clipstack.config import Recipe, parse_recipe, to_toml
 from clipstack.errors import CheckpointError, ConfigError
 from clipstack.files import write_text

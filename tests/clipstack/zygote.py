@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-import clipstack.checkpoint
-import clipstack.evaluate
+import clipstack.checkpoint.export
+import clipstack.checkpoint.load
+import clipstack.evaluation.command
 import clipstack.train
 import clipstack.training.engine
 import clipstack.training.trainer  # noqa: F401

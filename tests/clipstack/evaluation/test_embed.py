@@ -16,10 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from clipstack import embed
 from clipstack.checkpoint import load_model
 from clipstack.cli import main
 from clipstack.evaluation import data as eval_data
+from clipstack.evaluation import embedding
 from data_pipelines.index import Sample, write_shard
 from data_pipelines.sources import expand
 from tests.clipstack.evaluation.conftest import NUM_SAMPLES, SHARD_SIZES, captions, png
@@ -83,7 +83,7 @@ def test_a_signal_ends_it_between_shards_and_the_same_command_goes_on(
 ) -> None:
     arguments = (model_folders["random"], benchmark_folder / "test")
     assert run(*arguments, tmp_path / "whole") == 0
-    encode, calls = embed._encode_images, []
+    encode, calls = embedding._encode_images, []
 
     def encode_then_stop(*args: object) -> object:
         calls.append(None)
@@ -91,7 +91,7 @@ def test_a_signal_ends_it_between_shards_and_the_same_command_goes_on(
             os.kill(os.getpid(), signal.SIGTERM)
         return encode(*args)
 
-    monkeypatch.setattr(embed, "_encode_images", encode_then_stop)
+    monkeypatch.setattr(embedding, "_encode_images", encode_then_stop)
     assert run(*arguments, tmp_path / "broken", "--batch-size", 20) == 3
     assert "goes on from there" in capsys.readouterr().err
     done = list((tmp_path / "broken" / "metadata").iterdir())
