@@ -17,7 +17,7 @@ from clipstack.config import Recipe, load_recipe
 from clipstack.recipes import shipped_recipes
 
 if TYPE_CHECKING:
-    from clipstack.demo.probes import Score
+    from clipstack.demo.scores import Score
 
 NUM_TEST = 1000
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clipstack.checkpoint import LoadedModel, load_model
 from clipstack.config.models import DataConfig
-from clipstack.demo.probes import Score, demo_scores, read_probe_set
+from clipstack.demo.scores import Score, demo_scores, read_probe_set
 from clipstack.loading.eval_loader import EvalLoader, ShardSamples
 from clipstack.world import World
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from clipstack.charts import bar, line_chart
 from clipstack.config import Recipe
 from clipstack.demo.examination import Examined, Example
-from clipstack.demo.probes import Score
+from clipstack.demo.scores import Score
 from clipstack.files import write_text
 from clipstack.run_log import METRICS_FILE, read_jsonl
 from data_pipelines.page import document, picture

@@ -12,7 +12,7 @@ from clipstack.config import load_recipe
 from clipstack.demo.command import as_table
 from clipstack.demo.examination import Examined
 from clipstack.demo.page import write_page
-from clipstack.demo.probes import (
+from clipstack.demo.scores import (
     Probe,
     ProbeSet,
     Score,
