@@ -10,6 +10,7 @@ import math
 import sys
 import threading
 import warnings
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -111,7 +112,7 @@ class OpenVinoRuntime:
 
     def encode_texts(self, texts: Sequence[TokenIds]) -> Float32:
         longest = max(len(ids) for ids in texts)
-        batch = padded(texts, next(length for length in self._lengths if length >= longest))
+        batch = padded(texts, self._lengths[bisect_left(self._lengths, longest)])
         with CROWD.batch(self._threads) as threads:
             return self._encode_texts(batch, threads)
 

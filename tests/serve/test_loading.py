@@ -26,7 +26,7 @@ from serve.runtime import Float32, Gate, Runtime, SelfTestError
 from serve.security import hash_token
 from serve.settings import ModelSpec, Settings
 from serve.torch_runtime import TorchRuntime
-from tests.serve.models import save_model, tiny_model
+from tests.serve.models import TABLES, save_model, tiny_model
 from tests.serve.pictures import data_uri, jpeg
 
 
@@ -187,6 +187,18 @@ def test_a_graph_that_only_takes_some_batches_goes_to_torch(
     monkeypatch.setattr(OpenVinoRuntime, "encode_images", broken)
     assert load(folder).info.engine.startswith("torch")
     assert "shapes do not fit" in reason(log)
+
+
+@pytest.mark.parametrize("context_length", [3, 8, 12, 24, 41])
+def test_openvino_takes_text_towers_of_any_context(tmp_path: Path, context_length: int) -> None:
+    tables = TABLES["text_cfg"] | {"context_length": context_length}
+    model = tiny_model(text_cfg=tables)
+    engine = load(save_model(tmp_path / "model", model), engine="openvino")
+    ids = engine.tokenize("a photo of a cat " * 20, truncate=True).ids
+    assert len(ids) == context_length
+    with torch.inference_mode():
+        expected = model.towers.encode_text(torch.from_numpy(ids)[None], normalize=True).numpy()
+    assert np.abs(engine.encode_texts([ids]) - expected).max() < 1e-5
 
 
 def test_what_openvino_cannot_do_is_refused_with_the_fix(folder: Path) -> None:
