@@ -144,8 +144,8 @@ class Settings(Frozen):
     """Most texts in one request."""
     max_images: int = Field(default=64, ge=1)
     """Most images in one request."""
-    max_text_chars: int = Field(default=8192, ge=1)
-    """Longest text in characters, before tokens are counted."""
+    max_text_chars: int = Field(default=2048, ge=1)
+    """Longest text in characters, before tokens are counted; to clean one can take time in its square."""
     max_labels: int = Field(default=256, ge=1)
     """Most labels sent with a classify request."""
     max_label_set_labels: int = Field(default=10_000, ge=1)

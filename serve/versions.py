@@ -200,17 +200,24 @@ class Version:
     ) -> dict[int, Tokens]:
         texts = {index: item.text for index, item in enumerate(items) if isinstance(item, TextItem)}
         work = partial(
-            self._tokenize_all, texts, truncate=truncate, param_of=lambda index: f"{param}[{index}]"
+            self._tokenize_all,
+            texts,
+            truncate=truncate,
+            param_of=lambda index: f"{param}[{index}]",
+            deadline=deadline,
         )
         if len(texts) <= INLINE_TEXTS and sum(map(len, texts.values())) <= INLINE_CHARS:
             return work()
         return await self._decoder.run(work, deadline=deadline)
 
     def _tokenize_all(
-        self, texts: Mapping[int, str], *, truncate: bool, param_of: Callable[[int], str]
+        self, texts: Mapping[int, str], *, truncate: bool, param_of: Callable[[int], str], deadline: float
     ) -> dict[int, Tokens]:
+        """Stops at the deadline: what cleans a text takes quadratic time for some, such as nested entities."""
         done = {}
         for index, text in texts.items():
+            if self.clock() >= deadline:
+                raise deadline_exceeded()
             try:
                 done[index] = self._tokenize_one(text, truncate=truncate)
             except ServeError as error:
@@ -280,7 +287,7 @@ class Version:
         self, prompts: Mapping[int, str], *, first_label: int, per_label: int, deadline: float
     ) -> dict[int, Tokens]:
         name = partial(_label_param, first_label=first_label, per_label=per_label)
-        work = partial(self._tokenize_all, prompts, truncate=False, param_of=name)
+        work = partial(self._tokenize_all, prompts, truncate=False, param_of=name, deadline=deadline)
         return await self._decoder.run(work, deadline=deadline)
 
     async def reproduces_canary(self, *, deadline: float) -> bool:
