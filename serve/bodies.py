@@ -148,6 +148,15 @@ class _InMemoryMultiPart(MultiPartParser):
     spool_max_size = 1 << 40
     is_whole = False
 
+    @property
+    def _charset(self) -> str:
+        """Of names and fields: UTF-8, whatever codec the client names. Some take quadratic time."""
+        return "utf-8"
+
+    @_charset.setter
+    def _charset(self, value: str) -> None:
+        """Where Starlette would take the client's."""
+
     def on_end(self) -> None:
         self.is_whole = True
 
