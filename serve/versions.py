@@ -213,7 +213,7 @@ class Version:
     def _tokenize_all(
         self, texts: Mapping[int, str], *, truncate: bool, param_of: Callable[[int], str], deadline: float
     ) -> dict[int, Tokens]:
-        """Stops at the deadline: what cleans a text takes quadratic time for some, such as nested entities."""
+        """Stops at the deadline: to clean a text can take quadratic time, as with nested entities."""
         done = {}
         for index, text in texts.items():
             if self.clock() >= deadline:

@@ -1,4 +1,4 @@
-"""Texts that take long: what cleans a text before it is tokenised can take time in the square of its length."""
+"""Texts that take long to clean before they are tokenised, which can take time in the square of their length."""
 
 from __future__ import annotations
 
@@ -33,4 +33,4 @@ def test_at_the_deadline_no_further_text_is_begun(
     # The pool's only thread takes this when it is done with the texts above.
     after = client.post("/v1/embeddings", json={"model": "fake", "input": ["next"] * 100})
     assert after.status_code == 200
-    assert [text for text in begun if text != "next"] == ["t0", "t1", "t2"]
+    assert [text for text in begun if text in body["input"]] == ["t0", "t1", "t2"]
