@@ -21,9 +21,10 @@ from serve.settings import Settings
 
 B = TypeVar("B", bound=BaseModel)
 MAX_PARTS = 5000  # of an upload; how many may be images or texts is checked with the items
-# Lists and objects of a JSON body. Three bytes make a list of some 80 bytes in memory, so that a body within
-# its limit could fill the memory and hold the event loop for seconds while it is parsed.
-MAX_CONTAINERS = 200_000
+# Lists, objects, names and values of a JSON body, by the marks that make them; those inside of texts count
+# with them. Three bytes make a list of some 80 bytes in memory, so that a body within its limit could fill the
+# memory and hold the event loop for seconds while it is parsed.
+MAX_MARKS = 200_000
 MAX_JSON_ERROR_CHARS = 300  # it may quote a name of the client's
 MAX_PARAM_CHARS = 200  # of a field's name in an error: unknown names are the client's, and may be long
 
@@ -107,8 +108,8 @@ async def parse_body(
 
 
 def _parse_json(body: bytes) -> Any:
-    if len(body) > MAX_CONTAINERS and body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
-        message = f"the body holds more than {MAX_CONTAINERS} lists and objects: send several requests"
+    if len(body) > MAX_MARKS and sum(map(body.count, (b"[", b"{", b":", b","))) > MAX_MARKS:
+        message = f"the body holds more than {MAX_MARKS} brackets, colons and commas: send several requests"
         raise ServeError(ErrorCode.TOO_MANY_ITEMS, message)
     try:
         # Of two equal names some readers believe the first and some the last: a proxy that checks one of them
@@ -124,6 +125,10 @@ def validated(schema: type[B], value: Any, *, strict: bool) -> B:
     """`value` as `schema`. Raises ServeError invalid_request naming the first field that is wrong."""
     if not isinstance(value, dict):
         raise ServeError(ErrorCode.INVALID_REQUEST, "the body is a JSON object")
+    # Before pydantic, which would collect an error for every unknown name.
+    unknown = next((name for name in value if name not in schema.model_fields), None)
+    if unknown is not None:
+        raise ServeError(ErrorCode.INVALID_REQUEST, "there is no such field", param=param_of((unknown,)))
     try:
         return schema.model_validate(value, strict=strict)
     except ValidationError as error:

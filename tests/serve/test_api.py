@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from serve.logs import configure_logging
+from serve.schemas import EmbeddingsRequest
 from serve.security import hash_token
 from serve.zero_shot import prompts_of
 from tests.serve.conftest import MakeClient
@@ -179,12 +180,39 @@ def test_wrong_requests_name_the_part_that_is_wrong(client: TestClient) -> None:
     refused(embed(client, "a", colour="red"), 400, "invalid_request", "colour")
     name = "n" * 10_000
     refused(embed(client, "a", **{name: 1}), 400, "invalid_request", name[:200])
-    many = b'{"model": "fake", "input": [' + b"[]," * 300_000 + b"1]}"
-    refused(client.post("/v1/embeddings", content=many), 413, "too_many_items")
     refused(client.get("/v1/nothing"), 404, "not_found")
     wrong_method = client.put("/v1/classify")
     refused(wrong_method, 405, "method_not_allowed")
     assert wrong_method.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize("unit", [b"[],", b'"a",', b"1,"], ids=["lists", "texts", "numbers"])
+def test_what_a_json_body_holds_is_bounded_before_it_is_parsed(
+    client: TestClient, unit: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.bodies.jiter.from_json", None)
+    many = b'{"model": "fake", "input": [' + unit * 300_000 + b"1]}"
+    refused(client.post("/v1/embeddings", content=many), 413, "too_many_items")
+    names = b",".join(b'"%x": 1' % number for number in range(150_000))
+    refused(client.post("/v1/embeddings", content=b'{"input": {' + names + b"}}"), 413, "too_many_items")
+
+
+def test_a_text_may_hold_any_number_of_marks_within_reason(client: TestClient) -> None:
+    long = "[{:,}] " * 20_000
+    assert embed(client, long, truncate=True).json()["truncated"] == [0]
+
+
+def test_the_first_of_many_unknown_names_is_named_and_no_other_looked_at(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pydantic makes an error for every one of them, which took seconds and a gigabyte."""
+    monkeypatch.setattr(EmbeddingsRequest, "model_validate", None)
+    many = {f"name{number}": 1 for number in range(50_000)}
+    refused(client.post("/v1/embeddings", json=many), 400, "invalid_request", "name0")
+    form = "".join(f'--XX\r\nContent-Disposition: form-data; name="n{n}"\r\n\r\n1\r\n' for n in range(99))
+    headers = {"content-type": "multipart/form-data; boundary=XX"}
+    reply = client.post("/v1/embeddings", content=form + "--XX--\r\n", headers=headers)
+    refused(reply, 400, "invalid_request", "n0")
 
 
 @pytest.mark.parametrize(
