@@ -1,4 +1,4 @@
-"""Texts that take long to clean before they are tokenised, which can take time in the square of their length."""
+"""Texts that take long to clean, in the square of their length."""
 
 from __future__ import annotations
 
