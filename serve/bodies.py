@@ -22,8 +22,8 @@ from serve.settings import Settings
 B = TypeVar("B", bound=BaseModel)
 MAX_PARTS = 5000  # of an upload; how many may be images or texts is checked with the items
 # Lists, objects, names and values of a JSON body, by the marks that make them; those inside of texts count
-# with them. Three bytes make a list of some 80 bytes in memory, so that a body within its limit could fill the
-# memory and hold the event loop for seconds while it is parsed.
+# with them. Three bytes make a list of some 80 bytes in memory, so that a body within its limit could fill
+# the memory and hold the event loop for seconds while it is parsed.
 MAX_MARKS = 200_000
 MAX_JSON_ERROR_CHARS = 300  # it may quote a name of the client's
 MAX_PARAM_CHARS = 200  # of a field's name in an error: unknown names are the client's, and may be long

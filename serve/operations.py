@@ -6,14 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from serve.batching import Budget
+from serve.decoding import DecodePool
 from serve.errors import ErrorCode, ServeError
 from serve.items import Item
 from serve.label_sets import MatrixCache, MatrixKey
-from serve.runtime import Float32
+from serve.runtime import Float32, ModelInfo
 from serve.versions import Encoded, Version, until
 from serve.zero_shot import (
     Float64,
@@ -27,6 +29,8 @@ from serve.zero_shot import (
 
 PROMPT_CHUNK = 64
 NEUTRAL_LABEL = ""
+MAX_PREDICTIONS = 100_000  # of one reply: some 8 MB of JSON, which the event loop writes
+INLINE_LOGITS = 2000  # up to these, they are computed in the event loop: cheaper than a trip to the pool
 
 
 @dataclass(frozen=True)
@@ -89,11 +93,13 @@ async def classify(
     question: Question,
     budget: Budget,
     cache: MatrixCache,
+    pool: DecodePool,
     *,
     deadline: float,
     truncate: bool,
 ) -> Classified:
     """Probabilities of the labels for each item. Raises ServeError."""
+    check_top_k(len(items), question)
     # A model trained with softmax says nothing of one label by itself. Beside the neutral prompt (the
     # template with no
     # label) it does: the probability is that of the label against "none in particular".
@@ -105,20 +111,44 @@ async def classify(
         async with until(deadline, version.clock):
             matrix = await cache.get(key, build_matrix(version, key), keep=question.is_registered)
         encoded = await version.encode(items, deadline=deadline, truncate=truncate, param="inputs")
-    logits = logits_of(encoded.vectors, matrix, version.info)
+    work = partial(judge, encoded.vectors, matrix, version.info, question, against_neutral=against_neutral)
+    if len(items) * len(question.labels) <= INLINE_LOGITS:
+        predictions, abstained = work()
+    else:
+        async with until(deadline, version.clock):
+            predictions, abstained = await pool.run(work, deadline=deadline)
+    return Classified(predictions, abstained, encoded)
+
+
+def check_top_k(num_items: int, question: Question) -> None:
+    """Raises ServeError invalid_request where the reply would hold too much: a small request could ask for
+    gigabytes.
+    """
+    if (count := num_items * min(question.top_k, len(question.labels))) > MAX_PREDICTIONS:
+        message = (
+            f"{num_items} inputs with top_k {question.top_k} are {count} predictions; "
+            f"one reply may hold {MAX_PREDICTIONS}: ask for fewer, or send several requests"
+        )
+        raise ServeError(ErrorCode.INVALID_REQUEST, message, param="top_k")
+
+
+def judge(
+    vectors: Float32, matrix: Float32, info: ModelInfo, question: Question, *, against_neutral: bool
+) -> tuple[list[list[Prediction]], list[bool]]:
+    """(N, D) inputs and the (labels, D) classifier -> for each input its best labels, and whether it is
+    abstained on. against_neutral: the classifier's last row is the prompt without a label.
+    """
+    logits = logits_of(vectors, matrix, info)
     if against_neutral:
         logits, neutral = logits[:, :-1], logits[:, -1:]
         probabilities = probabilities_of(logits - neutral, "sigmoid")
     else:
-        probabilities = probabilities_of(logits, version.info.probabilities)
-    return Classified(
-        [
-            top_predictions(*rows, question.labels, question.top_k)
-            for rows in zip(logits, probabilities, strict=True)
-        ],
-        abstentions(probabilities, question.abstain_below),
-        encoded,
-    )
+        probabilities = probabilities_of(logits, info.probabilities)
+    predictions = [
+        top_predictions(*rows, question.labels, question.top_k)
+        for rows in zip(logits, probabilities, strict=True)
+    ]
+    return predictions, abstentions(probabilities, question.abstain_below)
 
 
 def abstentions(probabilities: Float64, below: float | None) -> list[bool]:

@@ -172,6 +172,7 @@ async def _classification(call: Call, asked: schemas.ClassifyRequest) -> Respons
             question,
             model.budget,
             call.service.matrices,
+            call.service.decoder,
             deadline=call.deadline,
             truncate=asked.truncate,
         )

@@ -158,7 +158,9 @@ class ClassifyRequest(Request):
     """Id of a registered label set."""
     templates: Templates = None
     top_k: int = Field(default=5, ge=1)
-    """Most predictions for each input."""
+    """Most predictions for each input. A reply holds at most 100,000: inputs times the smaller of this and
+    the number of labels.
+    """
     multi_label: bool = False
     """Probability of each label by itself instead of one distribution over them."""
     abstain_below: float | None = Field(default=None, ge=0, le=1)

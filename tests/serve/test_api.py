@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from serve.logs import configure_logging
+from serve.operations import judge
 from serve.schemas import EmbeddingsRequest
 from serve.security import hash_token
 from serve.zero_shot import prompts_of
@@ -475,6 +476,40 @@ def test_abstaining_still_shows_the_predictions(client: TestClient) -> None:
 def test_wrong_questions_are_refused(client: TestClient, fields: Any, status: int, param: str | None) -> None:
     reply = client.post("/v1/classify", json={"inputs": ["x"], **fields})
     assert (reply.status_code, reply.json()["error"]["param"]) == (status, param), reply.text
+
+
+def test_a_reply_holds_a_bounded_number_of_predictions(
+    client: TestClient, runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two kilobytes could ask for hundreds of megabytes: that is refused before anything is computed."""
+    monkeypatch.setattr("serve.operations.MAX_PREDICTIONS", 100)
+    computed = len(runtime.batches)
+    asked = {"inputs": ["x"] * 6, "labels": [f"label {number}" for number in range(20)]}
+    for top_k in (17, 20, 10**9):
+        reply = client.post("/v1/classify", json={**asked, "top_k": top_k})
+        assert "one reply may hold 100" in refused(reply, 400, "invalid_request", "top_k")["message"]
+    assert len(runtime.batches) == computed
+    reply = client.post("/v1/classify", json={**asked, "top_k": 16})
+    assert [len(entry["predictions"]) for entry in reply.json()["data"]] == [16] * 6
+    few = {"inputs": ["x"] * 50, "labels": ["cat", "dog"], "top_k": 10**9}
+    assert client.post("/v1/classify", json=few).status_code == 200
+
+
+@pytest.mark.parametrize(("num_labels", "in_pool"), [(256, True), (4, False)])
+def test_many_logits_are_computed_beside_the_event_loop(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, num_labels: int, in_pool: bool
+) -> None:
+    threads: list[str] = []
+
+    def noted(*args: Any, **options: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return judge(*args, **options)
+
+    monkeypatch.setattr("serve.operations.judge", noted)
+    labels = [f"label {number}" for number in range(num_labels)]
+    body = client.post("/v1/classify", json={"inputs": ["x"] * 9, "labels": labels}).json()
+    assert len(body["data"]) == 9
+    assert [name.startswith("decode") for name in threads] == [in_pool]
 
 
 def test_a_template_is_never_a_format_string(client: TestClient) -> None:
