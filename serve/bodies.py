@@ -36,6 +36,14 @@ class ByteBudget:
         self.max_bytes = max_bytes
         self.held = 0
 
+    def check_room(self, more_bytes: int) -> None:
+        """Raises ServeError queue_full when the process would hold too much with `more_bytes`."""
+        if self.held + more_bytes > self.max_bytes:
+            message = (
+                "the server holds too many bytes of other requests; try again after the time in Retry-After"
+            )
+            raise ServeError(ErrorCode.QUEUE_FULL, message, retry_after_s=1.0)
+
     @contextmanager
     def account(self) -> Iterator[ByteAccount]:
         account = ByteAccount(self)
@@ -50,34 +58,30 @@ class ByteAccount:
     budget: ByteBudget
     held: int = 0
 
-    def raise_to(self, size_bytes: int) -> None:
-        """Hold `size_bytes` in all. Raises ServeError queue_full when the process holds too much."""
-        more = size_bytes - self.held
-        if more <= 0:
-            return
-        if self.budget.held + more > self.budget.max_bytes:
-            message = (
-                "the server holds too many bytes of other requests; try again after the time in Retry-After"
-            )
-            raise ServeError(ErrorCode.QUEUE_FULL, message, retry_after_s=1.0)
-        self.budget.held += more
-        self.held += more
+    def hold(self, more_bytes: int) -> None:
+        """Hold this much more. Raises ServeError queue_full when the process holds too much."""
+        self.budget.check_room(more_bytes)
+        self.budget.held += more_bytes
+        self.held += more_bytes
 
 
 async def read_body(request: Request, account: ByteAccount, settings: Settings) -> bytes:
-    """The whole body. Raises ServeError body_too_large, queue_full, request_timeout and others."""
+    """The whole body. Raises ServeError body_too_large, queue_full, request_timeout and others.
+
+    What is only announced is held against nobody else: a client may never send it.
+    """
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise ServeError(ErrorCode.UNSUPPORTED_MEDIA_TYPE, "compressed request bodies are not taken")
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal():
         _check_size(int(announced), settings)
-        account.raise_to(int(announced))
+        account.budget.check_room(int(announced))
     body = bytearray()
     try:
         async with asyncio.timeout(settings.body_timeout_s):
             async for chunk in request.stream():
                 _check_size(len(body) + len(chunk), settings)
-                account.raise_to(len(body) + len(chunk))
+                account.hold(len(chunk))
                 body += chunk
     except TimeoutError as error:
         message = f"the body did not arrive within {settings.body_timeout_s:g} s"

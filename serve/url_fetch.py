@@ -140,7 +140,7 @@ async def fetch_all(
         try:
             async with slots:
                 data = await fetcher.fetch(item.url)
-            account.raise_to(account.held + len(data))
+            account.hold(len(data))
         except ServeError as error:
             raise error.at(f"{param}[{index}]") from error
         return ImageItem(data)

@@ -11,7 +11,7 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +275,7 @@ def raw_request(url: str, body: bytes, *, announced: int | None = None) -> Itera
 
 @pytest.fixture
 def app(tmp_path: Path, runtime: FakeRuntime) -> FastAPI:
-    return create_app(settings_in(tmp_path, body_timeout_s=0.3), runtime)
+    return create_app(settings_in(tmp_path), runtime)
 
 
 def test_what_a_client_that_left_had_asked_for_is_never_computed(app: FastAPI, runtime: FakeRuntime) -> None:
@@ -301,7 +301,8 @@ def test_what_a_client_that_left_had_asked_for_is_never_computed(app: FastAPI, r
         wait_until(lambda: service.in_flight == 0 and service.bytes.held == 0)
 
 
-def test_a_client_that_dawdles_is_told_so(app: FastAPI) -> None:
+def test_a_client_that_dawdles_is_told_so(tmp_path: Path, runtime: FakeRuntime) -> None:
+    app = create_app(settings_in(tmp_path, body_timeout_s=0.3), runtime)
     with live_server(app) as url, raw_request(url, b"{", announced=100) as connection:
         assert b"408 Request Timeout" in connection.recv(100)
 
@@ -316,11 +317,28 @@ def test_a_body_that_is_too_large_is_refused_while_it_is_still_being_sent(app: F
 def test_bodies_beyond_the_memory_budget_wait_outside(tmp_path: Path, runtime: FakeRuntime) -> None:
     app = create_app(settings_in(tmp_path, max_inflight_bytes=100_000), runtime)
     with live_server(app) as url, httpx.Client(base_url=url, timeout=30) as client:
-        with raw_request(url, b"{", announced=90_000):
-            wait_until(lambda: app.state.service.bytes.held == 90_000)
-            reply = client.post("/v1/embeddings", json={"model": "fake", "input": "a" * 20_000})
-            assert (reply.status_code, reply.json()["error"]["code"]) == (429, "queue_full")
-        wait_until(lambda: app.state.service.bytes.held == 0)
+        held = app.state.service.bytes
+        with raw_request(url, b"[" * 90_000, announced=95_000) as first:
+            wait_until(lambda: held.held == 90_000)
+            asked = json.dumps({"model": "fake", "input": "a" * 20_000}).encode()
+            pieces = (asked[at : at + 1000] for at in range(0, len(asked), 1000))
+            for body in (asked, pieces):  # announced, and in pieces that are refused when one is too many
+                reply = client.post("/v1/embeddings", content=body)
+                assert (reply.status_code, reply.json()["error"]["code"]) == (429, "queue_full")
+                wait_until(lambda: held.held == 90_000)
+            first.sendall(b"[" * 5000)
+            assert b"400 Bad Request" in first.recv(100)
+        wait_until(lambda: held.held == 0)
+        assert client.post("/v1/embeddings", json={"model": "fake", "input": "a"}).status_code == 200
+
+
+def test_bytes_that_are_only_announced_are_held_against_nobody(app: FastAPI) -> None:
+    """Sixteen heads of a hundred bytes each would otherwise shut everybody else out."""
+    with live_server(app) as url, httpx.Client(base_url=url, timeout=30) as client, ExitStack() as stack:
+        service = app.state.service
+        for _ in range(service.settings.max_inflight_bytes // service.settings.max_body_bytes):
+            stack.enter_context(raw_request(url, b"{", announced=service.settings.max_body_bytes))
+        wait_until(lambda: service.bytes.held == 16)
         assert client.post("/v1/embeddings", json={"model": "fake", "input": "a"}).status_code == 200
 
 
