@@ -3,7 +3,6 @@ known."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import importlib
 import os
@@ -12,29 +11,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clipstack import __version__
-from clipstack.errors import ClipstackError, ConfigError, DataError, Stopped
+from clipstack.errors import ClipstackError, ConfigError, DataError, MissingPackageError, Stopped
+from data_pipelines.installing import naming_extra
+from data_pipelines.one_line_parser import USAGE, OneLineParser
 
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: `module` has either main(argv) -> int, or add_arguments(parser) and run(args) -> int."""
+    """A subcommand: `module` has either main(argv) -> int, or add_arguments(parser) and run(args) -> int.
+
+    extra: of pyproject.toml, what run needs beyond the base install; main sees to that itself.
+    """
 
     module: str
     help: str
+    extra: str = ""
     parses_itself: bool = False
 
 
 COMMANDS = {
     "demo": Command(
-        "clipstack.demo.command", "make a small data set, train, evaluate and report, on a laptop CPU"
+        "clipstack.demo.command",
+        "make a small data set, train, evaluate and report, on a laptop CPU",
+        "train",
     ),
     "train": Command(
         "clipstack.train", "train from a recipe (one process, or under torchrun)", parses_itself=True
     ),
-    "eval": Command("clipstack.evaluate", "zero-shot classification and retrieval of any model"),
-    "export": Command("clipstack.export", "write a run's model as a folder that open_clip loads"),
-    "embed": Command("clipstack.embed", "bulk embeddings of shards"),
-    "serve": Command("serve.cli", "serve a model over REST"),
+    "eval": Command("clipstack.evaluate", "zero-shot classification and retrieval of any model", "eval"),
+    "export": Command("clipstack.export", "write a run's model as a folder that open_clip loads", "model"),
+    "embed": Command("clipstack.embed", "bulk embeddings of shards", "eval,data"),
+    "serve": Command("serve.cli", "serve a model over REST", "serve"),
     "compare": Command("clipstack.compare", "two evaluations side by side, with significance"),
     "runs": Command("clipstack.runs", "table and curves of runs"),
     "data": Command(
@@ -75,7 +82,7 @@ def _main(argv: Sequence[str] | None) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
         print(f"error: clipstack {name}: no such command; {hint}", file=sys.stderr)
-        return 2
+        return USAGE
     return _run(name, COMMANDS[name], rest)
 
 
@@ -83,12 +90,12 @@ def _run(name: str, command: Command, argv: list[str]) -> int:
     module = importlib.import_module(command.module)
     if command.parses_itself:
         return int(module.main(argv))
-    parser = argparse.ArgumentParser(
-        prog=f"clipstack {name}", description=f"{command.help[0].upper()}{command.help[1:]}."
-    )
+    parser = OneLineParser(f"clipstack {name}", f"{command.help[0].upper()}{command.help[1:]}.")
     module.add_arguments(parser)
+    args = parser.parse(argv)
     try:
-        return int(module.run(parser.parse_args(argv)))
+        with naming_extra(f"clipstack {name}", command.extra):
+            return int(module.run(args))
     except ClipstackError as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_code(error)
@@ -102,8 +109,8 @@ def exit_code(error: ClipstackError) -> int:
     match error:
         case Stopped():
             return 3
-        case ConfigError() | DataError():
-            return 2
+        case ConfigError() | DataError() | MissingPackageError():
+            return USAGE
         case _:
             return 1
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from clipstack.errors import ConfigError
+from clipstack.errors import ConfigError, how_to_install, how_to_reinstall
 
 OK, MISSING, BROKEN = "ok", "missing", "broken"
 
@@ -87,13 +87,15 @@ def _part(name: str, extra: str, package: str, attempt: Callable[[], str]) -> Fi
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return Finding(name, MISSING, f"{package} is not installed", f"pip install 'clipstack[{extra}]'")
+        return Finding(name, MISSING, f"{package} is not installed", how_to_install(extra))
     try:
         return Finding(name, OK, f"{package} {version}{attempt()}")
+    except ModuleNotFoundError as error:
+        return Finding(name, BROKEN, f"{package} {version} needs {error.name}", how_to_install(extra))
     except (ImportError, OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        fix = f"pip install --force-reinstall 'clipstack[{extra}]' --constraint constraints.txt"
-        return Finding(name, BROKEN, f"{package} {version} does not work: {first}", fix)
+        detail = f"{package} {version} does not work: {first}"
+        return Finding(name, BROKEN, detail, how_to_reinstall(package))
 
 
 def _try_import(*modules: str) -> Callable[[], str]:

@@ -1,6 +1,15 @@
-"""The error tree. Data errors are defined below us, in `data_pipelines`, and shown here as one family."""
+"""The error tree, and what errors advise to install. Data errors are defined below us, in `data_pipelines`,
+and shown here as one family."""
 
-from data_pipelines.errors import ClipstackError, DataError, SampleError, ShardError, Stopped
+from data_pipelines.errors import (
+    ClipstackError,
+    DataError,
+    MissingPackageError,
+    SampleError,
+    ShardError,
+    Stopped,
+)
+from data_pipelines.installing import how_to_install, how_to_reinstall
 
 __all__ = [
     "CheckpointError",
@@ -8,10 +17,13 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DivergenceError",
+    "MissingPackageError",
     "SampleError",
     "ShardError",
     "Stopped",
     "WorkerError",
+    "how_to_install",
+    "how_to_reinstall",
 ]
 
 

@@ -31,7 +31,9 @@ from typing import TYPE_CHECKING, Any
 
 from clipstack.config import Recipe, load_recipe
 from clipstack.config.help import help_config
-from clipstack.errors import ClipstackError, ConfigError, DataError
+from clipstack.errors import ClipstackError, ConfigError, DataError, MissingPackageError
+from data_pipelines.installing import naming_extra
+from data_pipelines.one_line_parser import OneLineParser
 
 if TYPE_CHECKING:
     from clipstack.world import World
@@ -49,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.config is None:
             raise ConfigError("--config: missing; name a recipe, such as configs/demo.toml")
-        return run(load_recipe(args.config, args.overrides), args)
+        with naming_extra("clipstack train", "train"):
+            return run(load_recipe(args.config, args.overrides), args)
     except ClipstackError as error:
         return _fail(error)
     except RuntimeError as error:
@@ -162,9 +165,7 @@ def check_batch(recipe: Recipe, world: World) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="clipstack train", description="Pretrain or fine-tune a CLIP-style model from a recipe."
-    )
+    parser = OneLineParser("clipstack train", "Pretrain or fine-tune a CLIP-style model from a recipe.")
     parser.add_argument("--config", type=Path, metavar="RECIPE.toml", help="the recipe")
     parser.add_argument(
         "--deepspeed_config", type=Path, metavar="DS.json", help="sharding and precision for DeepSpeed"
@@ -182,7 +183,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="recipe values, such as optim.lr=1e-3"
     )
-    return parser.parse_intermixed_args(argv)
+    return parser.parse(sys.argv[1:] if argv is None else argv)
 
 
 def _say(world: World, line: str) -> None:
@@ -196,7 +197,7 @@ def _fail(error: ClipstackError) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(GRACE_S)
     print(f"error: {error}", file=sys.stderr, flush=True)
-    return 2 if isinstance(error, ConfigError | DataError) else 1
+    return 2 if isinstance(error, ConfigError | DataError | MissingPackageError) else 1
 
 
 def _main_and_exit() -> None:

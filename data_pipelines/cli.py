@@ -7,11 +7,13 @@ import argparse
 import difflib
 import importlib
 import sys
-from typing import NoReturn, Protocol, cast
+from typing import Protocol, cast
 
 from data_pipelines.errors import ClipstackError, SampleError, ShardError, Stopped
+from data_pipelines.installing import naming_extra
+from data_pipelines.one_line_parser import USAGE, OneLineParser
 
-DONE, FAILED, USAGE, RESUMABLE = 0, 1, 2, 3
+DONE, FAILED, RESUMABLE = 0, 1, 3
 
 COMMANDS = {
     "build": "make shards from images and captions",
@@ -27,32 +29,12 @@ COMMANDS = {
 }
 """Name, which is that of a module in `commands`, to one line of help."""
 
-_EXTRAS = {
-    name: "data" for name in ("polars", "pyarrow", "datasketch", "imagehash", "py3langid", "simplejpeg")
-}
-"""Modules that the base install lacks, and the extra that brings them."""
-
 
 class Command(Protocol):
     """What a subcommand's module offers."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
     def run(self, args: argparse.Namespace) -> int: ...
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, with the option that was probably meant, and exits with 2."""
-
-    def parse(self, argv: list[str]) -> argparse.Namespace:
-        known, unknown = self.parse_known_args(argv)
-        if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help"
-            self.error(f"unknown argument {unknown[0]}{hint}")
-        return known
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"error: {self.prog}: {message}\n")
 
 
 def main(argv: list[str]) -> int:
@@ -67,14 +49,10 @@ def main(argv: list[str]) -> int:
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(COMMANDS)}"
         return _fail(f"{name}: no such command; {hint}", USAGE)
     try:
-        return _run(name, argv[1:])
+        with naming_extra(name, "data"):
+            return _run(name, argv[1:])
     except SystemExit as exit_:  # argparse's, after --help or a wrong argument
         return exit_.code if isinstance(exit_.code, int) else USAGE
-    except ModuleNotFoundError as error:
-        extra = _EXTRAS.get((error.name or "").split(".")[0])
-        if extra is None:
-            raise
-        return _fail(f"{name} needs {error.name}: pip install 'clipstack[{extra}]'", USAGE)
     except Stopped as error:
         return _fail(f"{name}: {error}", RESUMABLE)
     except (ShardError, SampleError) as error:
@@ -88,9 +66,7 @@ def main(argv: list[str]) -> int:
 def _run(name: str, argv: list[str]) -> int:
     help_ = COMMANDS[name]
     command = cast(Command, importlib.import_module(f"data_pipelines.commands.{name}"))
-    parser = OneLineParser(
-        prog=f"clipstack data {name}", description=help_[0].upper() + help_[1:] + ".", allow_abbrev=False
-    )
+    parser = OneLineParser(f"clipstack data {name}", f"{help_[0].upper()}{help_[1:]}.")
     command.add_arguments(parser)
     return command.run(parser.parse(argv))
 

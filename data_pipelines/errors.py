@@ -9,6 +9,10 @@ class DataError(ClipstackError):
     """Data that cannot be used as asked."""
 
 
+class MissingPackageError(ClipstackError):
+    """A package that this command needs and the installation lacks."""
+
+
 class Stopped(ClipstackError):
     """A long command was asked to stop; what is complete stays, and the same command goes on from there."""
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from data_pipelines.errors import DataError
 from data_pipelines.index.shard_index import DIGEST_BYTES, ShardIndex, image_extension
+from data_pipelines.installing import how_to_install
 
 RIGHTS_COLUMNS = ("source", "author", "licence", "url")
 ALIASES = {"license": "licence", "LICENSE": "licence", "URL": "url"}
@@ -136,7 +137,7 @@ def shard_urls(tar: str | os.PathLike[str]) -> dict[str, str]:
     except ModuleNotFoundError as error:
         raise DataError(
             f"{file}: the removal list names URLs, which stand there, and reading it needs pyarrow; "
-            "pip install 'clipstack[data]'"
+            f"{how_to_install('data')}"
         ) from error
 
     names = pq.read_schema(file).names

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from clipstack.errors import ClipstackError, ConfigError
+from clipstack.errors import ConfigError
 from serve.listening import listen, url_of
 from serve.security import hash_token
 from serve.settings import ENV_PREFIX, ModelSpec, Settings, load_settings
@@ -143,19 +143,7 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def main() -> int:
-    """`python -m serve.cli`, for installations without the `clipstack` command on the path."""
-    parser = argparse.ArgumentParser(prog="clipstack serve", description="Serve CLIP models over HTTP.")
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args())
-    except ConfigError as error:
-        print(f"clipstack serve: {error}", file=sys.stderr)
-        return 2
-    except ClipstackError as error:
-        print(f"clipstack serve: {error}", file=sys.stderr)
-        return 1
+if __name__ == "__main__":  # for installations without the `clipstack` command on the path
+    from clipstack.cli import main
 
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["serve", *sys.argv[1:]]))

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from clipstack.checkpoint import LoadedModel
-from clipstack.errors import ClipstackError, ConfigError
+from clipstack.errors import ClipstackError, ConfigError, how_to_install, how_to_reinstall
 from clipstack.model import ClipModel
 from clipstack.preprocess import Preprocess
 
@@ -131,7 +131,7 @@ def import_openvino() -> Any:
         if error.name != "openvino":
             raise OpenVinoMissingError(_broken(error)) from error
         raise OpenVinoMissingError(
-            "engine = 'openvino': the package is not installed; pip install 'clipstack[openvino]', "
+            f"engine = 'openvino': the package is not installed; {how_to_install('openvino')}; "
             "or take --engine torch"
         ) from error
     except (ImportError, OSError) as error:  # a library of its own that is missing or does not fit
@@ -141,7 +141,7 @@ def import_openvino() -> Any:
 def _broken(error: Exception) -> str:
     return (
         f"engine = 'openvino': the package is installed and cannot be imported ({error}); "
-        "pip install --force-reinstall 'clipstack[openvino]', or take --engine torch"
+        f"{how_to_reinstall('openvino')}, or take --engine torch"
     )
 
 

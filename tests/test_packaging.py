@@ -4,6 +4,7 @@ dependencies."""
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -11,6 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.clipstack.test_cli import NEEDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("clipstack", "serve", "data_pipelines")
@@ -108,7 +111,9 @@ def test_the_base_install_names_the_extra_that_checking_jpegs_needs(programs: Pa
     )  # fmt: skip
     assert done.returncode == 2
     said = done.stderr.splitlines()[-1]
-    assert said == "error: clipstack data verify needs simplejpeg: pip install 'clipstack[data]'"
+    assert said.startswith(
+        "error: clipstack data verify needs simplejpeg: pip install '.[data]' in the checkout"
+    )
 
 
 @pytest.mark.slow
@@ -127,12 +132,23 @@ def test_the_base_install_is_small(programs: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_command_whose_extra_is_missing_names_it(programs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", NEEDS)
+def test_a_command_whose_extra_is_missing_names_it(command: str, programs: Path, tmp_path: Path) -> None:
+    arguments, extra = NEEDS[command]
     done = subprocess.run(
-        [programs / "clipstack", "doctor"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "pip install 'clipstack[train]'" in done.stdout and "pip install 'clipstack[serve]'" in done.stdout
+        [programs / "clipstack", command, *arguments.split()],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert re.match(rf"error: clipstack {command} needs \w+: pip install '\.\[{extra}\]'", done.stderr)
+    assert not [*tmp_path.iterdir()], "nothing was begun"
+
+
+@pytest.mark.slow
+def test_doctor_tells_what_each_extra_would_bring(programs: Path, tmp_path: Path) -> None:
+    told = run(programs / "clipstack", "doctor", cwd=tmp_path)
+    assert "pip install '.[train]'" in told and "pip install '.[serve]'" in told
 
 
 def test_every_version_that_is_pinned_once_is_pinned_exactly() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipstack.errors import CheckpointError, ConfigError
+from clipstack.errors import CheckpointError, ConfigError, how_to_install
 from clipstack.files import whole_folder
 from clipstack.model import ClipModel
 
@@ -137,4 +137,4 @@ def _require_onnx() -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ConfigError(f"--onnx needs {error.name}: pip install 'clipstack[onnx]'") from error
+        raise ConfigError(f"--onnx needs {error.name}: {how_to_install('onnx')}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import signal
 import subprocess
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from clipstack.demo.scores import Score
 
 NUM_TEST = 1000
+TRAINS_WITH = ("torch", "torchvision", "open_clip", "safetensors", "deepspeed", "webdataset", "simplejpeg")
+"""Modules of the extra `train`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    _check_installed()
     run_dir: Path = args.dir
     data = run_dir.with_name(run_dir.name + "-data")
     lessons = _lessons(run_dir, data, args.overrides)
@@ -77,6 +81,13 @@ def run(args: argparse.Namespace) -> int:
     if args.serve:
         return subprocess.call([sys.executable, "-m", "clipstack.cli", "serve", "--model", str(run_dir)])
     return 0
+
+
+def _check_installed() -> None:
+    """Before minutes go into the pictures. Raises ModuleNotFoundError."""
+    for name in TRAINS_WITH:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ import torch
 
 from clipstack.checkpoint import load_model
 from clipstack.config.models import DataConfig
-from clipstack.errors import ConfigError, DataError, ShardError
+from clipstack.errors import ConfigError, DataError, ShardError, how_to_install
 from clipstack.evaluation.data import by_number
 from clipstack.evaluation.features import encode_tokens
 from clipstack.evaluation.task import Setup, caption_lines
@@ -297,4 +297,4 @@ def _require_pyarrow() -> None:
     try:
         import pyarrow  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ConfigError("embed needs pyarrow: pip install 'clipstack[data]'") from error
+        raise ConfigError(f"embed needs pyarrow: {how_to_install('data')}") from error

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipstack.errors import ConfigError
+from clipstack.errors import ConfigError, how_to_install
 
 Features = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -60,5 +60,5 @@ def _sklearn() -> Any:
         import sklearn.linear_model
         import sklearn.neighbors
     except ModuleNotFoundError as error:
-        raise ConfigError("--task probe needs scikit-learn: pip install 'clipstack[eval]'") from error
+        raise ConfigError(f"--task probe needs scikit-learn: {how_to_install('eval')}") from error
     return sklearn

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from clipstack.config.models import LogConfig
-from clipstack.errors import ConfigError
+from clipstack.errors import ConfigError, how_to_install
 from clipstack.files import write_text
 
 WANDB_ID_FILE = "wandb-id.txt"
@@ -87,7 +87,7 @@ class _TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ConfigError(
-                "log.tensorboard = true: not installed; pip install 'clipstack[tensorboard]'"
+                f"log.tensorboard = true: not installed; {how_to_install('tensorboard')}"
             ) from error
         self._make, self._folder = SummaryWriter, str(run_dir / "tensorboard")
         self._writer: SummaryWriter | None = None
@@ -121,9 +121,7 @@ class _Wandb:
         try:
             import wandb
         except ImportError as error:
-            raise ConfigError(
-                f"log.wandb = {project!r}: not installed; pip install 'clipstack[wandb]'"
-            ) from error
+            raise ConfigError(f"log.wandb = {project!r}: not installed; {how_to_install('wandb')}") from error
         self._wandb, self._run_dir, self._project = wandb, run_dir, project
         self._run: wandb.Run | None = None
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from clipstack.cli import COMMANDS, READER_GONE
+from data_pipelines.installing import naming_extra
 from tests.clipstack.launching import REPOSITORY
 
 
@@ -52,3 +54,34 @@ def test_help_does_not_wait_for_torch(command: str) -> None:
 def test_runs_are_listed_without_torch() -> None:
     code = "import sys, clipstack.runs; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
+NEEDS = {
+    "train": ("--config configs/finetune.toml", "train"),
+    "demo": ("--dir demo", "train"),
+    "eval": ("--model ViT-B-32 --data shards --task zeroshot", "eval"),
+    "export": ("--model run --output export", "model"),
+    "embed": ("--model run --data shards --output vectors", "eval,data"),
+    "serve": ("--model ViT-B-32 --port 0", "serve"),
+}
+"""Arguments with which a command gets as far as torch, and the extra that brings it."""
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from clipstack.cli import main; sys.exit(main())"
+
+
+@pytest.mark.parametrize("command", NEEDS)
+def test_a_command_whose_extra_is_missing_names_it(command: str, tmp_path: Path) -> None:
+    arguments, extra = NEEDS[command]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, command, *arguments.split()],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    advice = f"pip install '.[{extra}]' in the checkout, or './FILE.whl[{extra}]' where the wheel lies"
+    assert done.stderr == f"error: clipstack {command} needs torch: {advice}\n"
+    assert done.returncode == 2
+    assert not [*tmp_path.iterdir()], "nothing was begun"
+
+
+def test_a_fault_of_our_own_is_not_taken_for_a_missing_package() -> None:
+    with pytest.raises(ModuleNotFoundError), naming_extra("clipstack eval", "eval"):
+        raise ModuleNotFoundError("No module named 'clipstack.nothing'", name="clipstack.nothing")

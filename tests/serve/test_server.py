@@ -16,9 +16,9 @@ from typing import Any
 import httpx
 import pytest
 
+from clipstack.cli import main
 from clipstack.errors import ConfigError
 from serve.app import create_app
-from serve.cli import main
 from serve.listening import listen, url_of
 from serve.protocol import MAX_HEAD_BYTES
 from serve.server import Server, config_of, run_server
@@ -142,11 +142,11 @@ def test_a_port_that_is_taken_is_named_with_what_to_do() -> None:
 
 
 def test_a_taken_port_is_named_before_anything_heavy_is_imported() -> None:
-    code = "import sys; from serve.cli import main; print(main(), {*sys.modules} & {'torch', 'uvicorn'})"
+    code = "import sys; from clipstack.cli import main; print(main(), {*sys.modules} & {'torch', 'uvicorn'})"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         done = subprocess.run(
-            [sys.executable, "-c", code, "--model", "ViT-B-32", "--port", port],
+            [sys.executable, "-c", code, "serve", "--model", "ViT-B-32", "--port", port],
             capture_output=True, text=True, timeout=60, check=True,
         )  # fmt: skip
     assert done.stdout == "2 set()\n"
@@ -187,8 +187,7 @@ def test_a_terminal_is_told_what_happens(
     monkeypatch.setattr("serve.logs.configure_logging", lambda level: None)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal)
     monkeypatch.setenv("GOMP_SPINCOUNT", "0")
-    monkeypatch.setattr(sys, "argv", ["serve", "--model", "a=x", "--port", "0"])
-    assert main() == 0
+    assert main(["serve", "--model", "a=x", "--port", "0"]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == (2 if on_terminal else 0)
     if on_terminal:

@@ -1,0 +1,44 @@
+"""The parser of every command: one line says what is wrong, and no argument is guessed or passed over."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+USAGE = 2
+
+Advice = Callable[[str, str], str | None]
+"""(flag as typed, its value or "") to what is to be written in its place; None where that is not known."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Flags are written out. An unknown one ends the program with 2 and with what was probably meant.
+
+    advice: asked about an unknown flag before the flags that there are.
+    """
+
+    advice: Advice | None = None
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Flags and other arguments in any order."""
+        known, unknown = self.parse_known_intermixed_args(argv)
+        if unknown:
+            self.error(f"unknown argument {unknown[0]}; {self._hint(unknown[0], argv)}")
+        return known
+
+    def _hint(self, word: str, argv: Sequence[str]) -> str:
+        flag, equals, value = word.partition("=")
+        if not equals:
+            value = next(iter(argv[argv.index(word) + 1 :]), "")
+        if self.advice is not None and (advice := self.advice(flag, "" if value.startswith("-") else value)):
+            return advice
+        near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        return f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"error: {self.prog}: {message}\n")
