@@ -61,10 +61,11 @@ class Call:
         return model, version
 
     async def items(self, value: Any, modality: schemas.Modality, param: str) -> list[Item]:
-        """The typed inputs, fetched where they are URLs."""
+        """The typed inputs, fetched where they are URLs. Raises ServeError."""
         items = parse_items(value, modality=modality, param=param, settings=self.service.settings)
         self.note(items=len(items))
-        return await fetch_all(items, self.service.fetcher, self.account, param=param)
+        async with until(self.deadline, time.monotonic):
+            return await fetch_all(items, self.service.fetcher, self.account, param=param)
 
     def note(self, **fields: Any) -> None:
         """Add to the request's log line."""

@@ -12,8 +12,10 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 
 import httpx
 
@@ -24,7 +26,7 @@ from serve.items import ImageItem, Item, UrlItem
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str, int], Awaitable[list[Address]]]
 MAX_REDIRECTS = 3
-CONCURRENT_FETCHES = 8
+CONCURRENT_FETCHES = 32  # of all requests together
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _PORTS = {"http": 80, "https": 443}
 
@@ -45,61 +47,66 @@ def is_public(address: Address) -> bool:
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 
+@cache
+def tls() -> ssl.SSLContext:
+    """One for all connections: reading the certificates takes the event loop some 25 ms."""
+    return httpx.create_ssl_context(trust_env=False)
+
+
 @dataclass(frozen=True)
 class UrlFetcher:
+    """One for all requests, so that they share its slots."""
+
     hosts: frozenset[str]
     timeout_s: float
     max_bytes: int
     resolve: Resolve = resolve
     is_allowed: Callable[[Address], bool] = is_public
     ports: tuple[int, ...] = (80, 443)
+    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(CONCURRENT_FETCHES))
 
-    async def fetch(self, url: str) -> bytes:
-        """The image's bytes. Raises ServeError url_fetch_disabled, url_forbidden, url_fetch_failed,
-        image_too_large.
+    async def fetch(self, url: str, account: ByteAccount) -> bytes:
+        """The image's bytes, held in `account` as they arrive. Raises ServeError url_fetch_disabled,
+        url_forbidden, url_fetch_failed, image_too_large, queue_full.
         """
         if not self.hosts:
             message = "image_url is off on this server; send the image itself as a data URI"
             raise ServeError(ErrorCode.URL_FETCH_DISABLED, message)
         try:
-            async with asyncio.timeout(self.timeout_s), self._client() as client:
-                return await self._follow(client, url)
+            async with self.slots, asyncio.timeout(self.timeout_s):
+                return await self._follow(url, account)
         except (TimeoutError, httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             raise ServeError(
                 ErrorCode.URL_FETCH_FAILED, "the image could not be fetched from its URL in time"
             ) from error
 
-    def _client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=self.timeout_s)
-
-    async def _follow(self, client: httpx.AsyncClient, url: str) -> bytes:
+    async def _follow(self, url: str, account: ByteAccount) -> bytes:
         here = httpx.URL(url)
         for _ in range(MAX_REDIRECTS + 1):
-            answer = await self._get(client, here)
+            answer = await self._get(here, account)
             if isinstance(answer, bytes):
                 return answer
             here = here.join(answer)
         raise ServeError(ErrorCode.URL_FETCH_FAILED, f"the URL redirects more than {MAX_REDIRECTS} times")
 
-    async def _get(self, client: httpx.AsyncClient, url: httpx.URL) -> bytes | httpx.URL:
+    async def _get(self, url: httpx.URL, account: ByteAccount) -> bytes | httpx.URL:
         """The body, or where a redirect leads."""
         address = await self._checked_address(url)
         pinned = url.copy_with(host=str(address), username=None, password=None)
         headers = {"Host": url.netloc.decode("ascii"), "Accept": "image/*", "User-Agent": "clipstack-serve"}
-        request = client.build_request(
-            "GET", pinned, headers=headers, extensions={"sni_hostname": url.raw_host.decode()}
-        )
-        response = await client.send(request, stream=True)
-        try:
+        names = {"sni_hostname": url.raw_host.decode()}
+        # A client for each: it would use the connection to one host again for another on the same address.
+        async with (
+            httpx.AsyncClient(verify=tls(), trust_env=False, timeout=self.timeout_s) as client,
+            client.stream("GET", pinned, headers=headers, extensions=names) as response,
+        ):
             if response.is_redirect:
                 return httpx.URL(response.headers.get("location", ""))
             if response.status_code != httpx.codes.OK:
                 raise ServeError(
                     ErrorCode.URL_FETCH_FAILED, f"the URL answers with status {response.status_code}"
                 )
-            return await self._read(response)
-        finally:
-            await response.aclose()
+            return await self._read(response, account)
 
     async def _checked_address(self, url: httpx.URL) -> Address:
         port = url.port or _PORTS.get(url.scheme)
@@ -118,13 +125,14 @@ class UrlFetcher:
             )
         return addresses[0]
 
-    async def _read(self, response: httpx.Response) -> bytes:
+    async def _read(self, response: httpx.Response, account: ByteAccount) -> bytes:
         body = bytearray()
         async for chunk in response.aiter_raw():
-            body += chunk
-            if len(body) > self.max_bytes:
+            if len(body) + len(chunk) > self.max_bytes:
                 message = f"the image behind the URL has more than {self.max_bytes} bytes"
                 raise ServeError(ErrorCode.IMAGE_TOO_LARGE, message)
+            account.hold(len(chunk))
+            body += chunk
         return bytes(body)
 
 
@@ -132,18 +140,14 @@ async def fetch_all(
     items: Sequence[Item], fetcher: UrlFetcher, account: ByteAccount, *, param: str
 ) -> list[Item]:
     """The items with every URL replaced by the image behind it. Raises ServeError naming the entry."""
-    slots = asyncio.Semaphore(CONCURRENT_FETCHES)
 
     async def fetched(index: int, item: Item) -> Item:
         if not isinstance(item, UrlItem):
             return item
         try:
-            async with slots:
-                data = await fetcher.fetch(item.url)
-            account.hold(len(data))
+            return ImageItem(await fetcher.fetch(item.url, account))
         except ServeError as error:
             raise error.at(f"{param}[{index}]") from error
-        return ImageItem(data)
 
     if not any(isinstance(item, UrlItem) for item in items):
         return list(items)

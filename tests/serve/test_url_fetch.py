@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import ssl
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, cast
 
+import httpx
 import pytest
+from fastapi import FastAPI
 
+from serve.bodies import ByteBudget
 from serve.errors import ErrorCode, ServeError
-from serve.url_fetch import Address, UrlFetcher, is_public
+from serve.items import UrlItem
+from serve.url_fetch import Address, UrlFetcher, fetch_all, is_public, tls
 from tests.serve.conftest import MakeClient
 from tests.serve.fakes import FakeRuntime
 from tests.serve.pictures import jpeg
@@ -54,19 +60,25 @@ class Site(BaseHTTPRequestHandler):
                 self._send(302, location="/loop")
             case "/near":
                 self._send(302, location="/image.jpg")
+            case "/drip":
+                self._send(200, b"x" * 20_001, held_back=1)
             case "/slow":
                 type(self).hold.wait(20)
                 self._send(200, b"")
             case _:
                 self._send(404)
 
-    def _send(self, status: int, body: bytes = b"", **headers: str) -> None:
+    def _send(self, status: int, body: bytes = b"", *, held_back: int = 0, **headers: str) -> None:
+        """held_back: bytes at the end that wait for `hold`."""
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(body[: len(body) - held_back])
+        if held_back:
+            type(self).hold.wait(20)
+            self.wfile.write(body[-held_back:])
 
     def log_message(self, *args: Any) -> None:
         """Quiet."""
@@ -107,7 +119,10 @@ def fetcher(port: int, **changes: Any) -> UrlFetcher:
 
 
 def fetch(port: int, url: str, **changes: Any) -> bytes:
-    return asyncio.run(fetcher(port, **changes).fetch(url))
+    with ByteBudget(1 << 20).account() as account:
+        data = asyncio.run(fetcher(port, **changes).fetch(url, account))
+        assert account.held == len(data)
+    return data
 
 
 def test_an_allowed_image_is_fetched_from_the_address_that_was_checked() -> None:
@@ -150,6 +165,95 @@ def test_a_slow_site_is_given_up() -> None:
     with site() as (port, _), pytest.raises(ServeError) as caught:
         fetch(port, f"http://photos.test:{port}/slow", timeout_s=0.2)
     assert caught.value.code is ErrorCode.URL_FETCH_FAILED
+
+
+def test_forbidden_urls_cost_no_connection_and_tls_is_set_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Counter[str]()
+
+    def counted(name: str, real: Any) -> Any:
+        def make(*args: Any, **options: Any) -> Any:
+            made[name] += 1
+            return real(*args, **options)
+
+        return make
+
+    tls.cache_clear()
+    monkeypatch.setattr("httpx.create_ssl_context", counted("tls", httpx.create_ssl_context))
+    monkeypatch.setattr("ssl.create_default_context", counted("default tls", ssl.create_default_context))
+    monkeypatch.setattr("httpx.AsyncClient", counted("client", httpx.AsyncClient))
+    with site() as (port, _):
+        for _ in range(3):
+            with pytest.raises(ServeError):
+                fetch(port, "http://elsewhere.test/image.jpg")
+        assert not made
+        for _ in range(3):
+            fetch(port, f"http://photos.test:{port}/image.jpg")
+    assert (made["client"], made["tls"]) == (3, 1) and made["default tls"] <= 1
+
+
+def test_fetched_bytes_are_held_as_they_arrive() -> None:
+    """A site that sends its last byte late must not fill the memory with what nobody has counted."""
+
+    async def scenario(port: int, handler: type[Site]) -> None:
+        budget = ByteBudget(35_000)
+        fetching = fetcher(port, max_bytes=100_000)
+        url = f"http://photos.test:{port}/drip"
+        with budget.account() as first, budget.account() as second:
+            early = asyncio.ensure_future(fetching.fetch(url, first))
+            async with asyncio.timeout(20):
+                while budget.held < 20_000:
+                    await asyncio.sleep(0.01)
+                with pytest.raises(ServeError) as caught:
+                    await fetching.fetch(url, second)
+            assert caught.value.code is ErrorCode.QUEUE_FULL
+            assert not early.done() and budget.held <= 35_000
+            handler.hold.set()
+            assert len(await early) == 20_001
+        assert budget.held == 0
+
+    with site() as (port, handler):
+        asyncio.run(scenario(port, handler))
+
+
+def test_all_requests_share_the_slots_for_fetching(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.url_fetch.CONCURRENT_FETCHES", 3)
+    begun: list[str] = []
+
+    async def scenario() -> None:
+        go_on = asyncio.Event()
+
+        async def resolve(host: str, port: int) -> list[Address]:
+            begun.append(host)
+            await go_on.wait()
+            return []
+
+        fetching = fetcher(80, resolve=resolve)
+        items = [UrlItem("http://photos.test/image.jpg")] * 4
+        with ByteBudget(1 << 20).account() as account:
+            requests = [fetch_all(items, fetching, account, param="input") for _ in range(3)]
+            waiting = asyncio.gather(*requests, return_exceptions=True)
+            for _ in range(100):  # steps of the loop, of which each fetch takes a few to begin
+                await asyncio.sleep(0)
+            assert len(begun) == 3
+            go_on.set()
+            for error in await waiting:
+                assert isinstance(error, ServeError) and error.code is ErrorCode.URL_FORBIDDEN
+
+    asyncio.run(scenario())
+
+
+def test_the_deadline_of_a_request_holds_for_fetching_too(
+    make_client: MakeClient, runtime: FakeRuntime
+) -> None:
+    client = make_client()
+    service = cast(FastAPI, client.app).state.service
+    with site() as (port, handler):
+        service.fetcher = fetcher(port)
+        asked = {"model": "fake", "input": [{"image_url": f"http://photos.test:{port}/slow"}] * 3}
+        reply = client.post("/v1/embeddings", json=asked, headers={"x-request-timeout-ms": "200"})
+        assert not handler.hold.is_set()
+    assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_exceeded")
+    assert service.bytes.held == 0
 
 
 def test_urls_are_off_by_default(make_client: MakeClient, runtime: FakeRuntime) -> None:
