@@ -10,12 +10,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from serve import pages, routes
 from serve.bodies import param_of
-from serve.edge import Admission, Edge, error_response, trace_of
+from serve.edge import Admission, Cors, Edge, error_response, trace_of
 from serve.errors import ErrorCode, ServeError
 from serve.metrics import Metrics
 from serve.openapi import describe
@@ -68,12 +67,13 @@ def loaders_of(settings: Settings, runtime: Runtime | None) -> dict[str, Runtime
 @asynccontextmanager
 async def _lifespan(
     app: FastAPI, *, settings: Settings, loaders: Mapping[str, RuntimeLoader]
-) -> AsyncIterator[None]:
+) -> AsyncIterator[dict[str, Service]]:
+    """What it yields is known to each connection: some requests never reach the application."""
     service = Service(settings, loaders, metrics=Metrics())
     app.state.service = service
     try:
         await service.start()
-        yield
+        yield {"service": service}
     finally:
         service.draining = True
         await service.close()
@@ -92,7 +92,7 @@ def _cors(settings: Settings) -> list[Middleware]:
     )
     return [
         Middleware(
-            CORSMiddleware,
+            Cors,
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=[

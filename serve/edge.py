@@ -11,10 +11,12 @@ import re
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any, TypeVar
 
 import pydantic_core
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -85,30 +87,50 @@ class Edge:
         finally:
             service.in_flight -= 1
             service.answered += 1
-            self._record(service, scope, trace, method if method in _METHODS else "other")
+            if trace.status == 0:  # a fault of ours, on its way to the layer outside of this that answers it
+                trace.status, trace.code = ErrorCode.INTERNAL.status, ErrorCode.INTERNAL
+            level = logging.DEBUG if scope["path"] in ALIVE_PATHS else logging.INFO
+            route = getattr(scope.get("route"), "path", "other")
+            record(service, trace, method if method in _METHODS else "other", route, level=level)
 
-    def _record(self, service: Service, scope: Scope, trace: Trace, method: str) -> None:
-        seconds = time.monotonic() - trace.arrived_at
-        route = getattr(scope.get("route"), "path", "other")
-        status = trace.status or 500
-        service.metrics.requests.labels(method, route, str(status)).inc()
-        service.metrics.latency.labels(route).observe(seconds)
-        if trace.code is not None:
-            service.metrics.rejects.labels(trace.code).inc()
-        level = logging.DEBUG if scope["path"] in ALIVE_PATHS else logging.INFO
-        logger.log(
-            level,
-            "request",
-            extra={
-                "request_id": trace.request_id,
-                "method": method,
-                "route": route,
-                "status": status,
-                "duration_ms": round(seconds * 1000, 2),
-                "code": trace.code,
-                **trace.fields,
-            },
-        )
+
+def record(service: Service, trace: Trace, method: str, route: str, *, level: int = logging.INFO) -> None:
+    """Count a request that is done with, and write its log line."""
+    seconds = time.monotonic() - trace.arrived_at
+    service.metrics.requests.labels(method, route, str(trace.status)).inc()
+    service.metrics.latency.labels(route).observe(seconds)
+    if trace.code is not None:
+        service.metrics.rejects.labels(trace.code).inc()
+    logger.log(
+        level,
+        "request",
+        extra={
+            "request_id": trace.request_id,
+            "method": method,
+            "route": route,
+            "status": trace.status,
+            "duration_ms": round(seconds * 1000, 2),
+            "code": trace.code,
+            **trace.fields,
+        },
+    )
+
+
+class Cors(CORSMiddleware):
+    """Starlette's, with refusals in the one shape of errors."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and _is_preflight(scope) and "origin" in Headers(scope=scope):
+            answer = self.preflight_response(Headers(scope=scope))
+            if answer.status_code != HTTPStatus.OK:
+                message = "this server's settings do not allow that origin, method or header"
+                refusal = error_response(ServeError(ErrorCode.INVALID_REQUEST, message), trace_of(scope))
+                for name in ("access-control-allow-origin", "vary"):
+                    if name in answer.headers:
+                        refusal.headers[name] = answer.headers[name]
+                await refusal(scope, receive, send)
+                return
+        await super().__call__(scope, receive, send)
 
 
 class Admission:

@@ -6,12 +6,13 @@ What cannot be read as HTTP never reaches the application, so its error is made 
 from __future__ import annotations
 
 import asyncio
+import time
 from http import HTTPStatus
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from serve.edge import error_body, new_request_id
+from serve.edge import Trace, error_body, new_request_id, record
 from serve.errors import ErrorCode, ServeError
 
 MAX_HEAD_BYTES = 64 * 1024
@@ -25,6 +26,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().__init__(*args, **options)
         self._unparsed_bytes = 0  # received since the last sign of progress: a whole head, a piece of a body
         self._head_timer: asyncio.TimerHandle | None = None
+        self._began_at = time.monotonic()  # waiting for the head that is being read, or was last
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -66,6 +68,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """A client may ask for another protocol; it is answered in this one, which is no news for the log."""
 
     def _expect_head(self) -> None:
+        self._began_at = time.monotonic()
         self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._head_is_late)
 
     def _stop_timer(self) -> None:
@@ -82,11 +85,14 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self.cycle is None or self.cycle.response_complete:
-            status, request_id = HTTPStatus(error.code.status), new_request_id()
-            content = error_body(error, request_id)
+            status = HTTPStatus(error.code.status)
+            trace = Trace(new_request_id(), self._began_at, status.value, error.code)
+            content = error_body(error, trace.request_id)
             head = (
                 f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: application/json\r\n"
-                f"Content-Length: {len(content)}\r\nX-Request-ID: {request_id}\r\nConnection: close\r\n\r\n"
+                f"Content-Length: {len(content)}\r\nX-Request-ID: {trace.request_id}\r\n"
+                "Connection: close\r\n\r\n"
             )
             self.transport.write(head.encode("ascii") + content)
+            record(self.app_state["service"], trace, "other", "other")
         self.transport.close()

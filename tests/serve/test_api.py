@@ -379,14 +379,18 @@ def test_a_fingerprint_that_differs_is_refused(client: TestClient) -> None:
 
 
 def test_an_unforeseen_fault_is_a_500_that_tells_nothing(
-    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "serve.requests")
     client = make_client()
     outside = TestClient(client.app, raise_server_exceptions=False)
     monkeypatch.setattr("serve.routes.embed", lambda *args, **options: 1 / 0)
     reply = embed(outside, "a secret")
     error = refused(reply, 500, "internal")
     assert "Zero" not in reply.text and "secret" not in error["message"]
+    assert 'clipstack_serve_rejects_total{code="internal"} 1.0' in client.get("/metrics").text
+    (line,) = [vars(record) for record in caplog.records if record.name == "serve.requests"]
+    assert (line["status"], line["code"]) == (500, "internal")
 
 
 # Classification
@@ -743,7 +747,11 @@ def test_other_origins_are_refused_unless_named(make_client: MakeClient, client:
     refused(unauthorized, 401, "unauthorized")  # and the page may read that
     assert unauthorized.headers["access-control-allow-origin"] == "https://app.example"
     other = named.options("/v1/classify", headers={**ask, "origin": "https://evil.example"})
+    refused(other, 400, "invalid_request")
     assert "access-control-allow-origin" not in other.headers
+    method = named.options("/v1/classify", headers={**ask, "access-control-request-method": "PATCH"})
+    refused(method, 400, "invalid_request")  # and the page may read that
+    assert method.headers["access-control-allow-origin"] == "https://app.example"
 
 
 # Health, metrics, pages, logs
