@@ -138,13 +138,16 @@ class _Shared:
             raise ApiError(reply.status_code, "not_json", "the reply is not JSON", None, None) from error
         if reply.is_success:
             return body
-        error_body = body.get("error", {})
+        # What stands before the server (a proxy, a gateway) may answer in a shape of its own.
+        answer = body if isinstance(body, dict) else {"error": body}
+        told = answer.get("error")
+        details = told if isinstance(told, dict) else {"message": told}
         raise ApiError(
             reply.status_code,
-            error_body.get("code", "unknown"),
-            error_body.get("message", reply.reason_phrase),
-            error_body.get("param"),
-            body.get("request_id"),
+            details.get("code") or "unknown",
+            details.get("message") or reply.reason_phrase,
+            details.get("param"),
+            answer.get("request_id"),
         )
 
     def _embed(self, inputs: Sequence[Input], model: str, **options: Any) -> _Call:

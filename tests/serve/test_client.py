@@ -80,6 +80,23 @@ def test_errors_carry_code_param_and_request_id(url: str) -> None:
     assert caught.value.code == "fingerprint_mismatch"
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"error": "unauthorized"}, "unauthorized"),
+        ("bad gateway", "bad gateway"),
+        ({"error": None}, "Bad Gateway"),
+        ({"error": {"code": None}}, "Bad Gateway"),
+        ([], "Bad Gateway"),
+    ],
+)
+def test_an_error_in_the_shape_of_another_program_is_an_api_error(body: object, message: str) -> None:
+    transport = httpx.MockTransport(lambda request: httpx.Response(502, json=body))
+    with Client("http://test", transport=transport) as client, pytest.raises(ApiError) as caught:
+        client.models()
+    assert (caught.value.status, caught.value.code, caught.value.message) == (502, "unknown", message)
+
+
 def busy_then_ok(times: int, *, after_ms: str) -> httpx.MockTransport:
     seen = []
 
