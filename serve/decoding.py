@@ -69,9 +69,16 @@ class DecodePool:
         result = await self.run(self._light, data, runtime, deadline=deadline)
         if isinstance(result, _Heavy):
             on_heavy()
-            async with self._heavy_slots:
-                return await self.run(self._decode, result, runtime, deadline=deadline)
+            return await self._run_heavy(result, runtime, deadline=deadline)
         return result
+
+    async def _run_heavy(self, image: _Heavy, runtime: Runtime, *, deadline: float) -> UInt8:
+        """The slot is free again when the thread is: a caller that leaves does not stop it."""
+        loop = asyncio.get_running_loop()
+        await self._heavy_slots.acquire()
+        work = self._threads.submit(self._in_time, deadline, self._decode, (image, runtime))
+        work.add_done_callback(lambda _: loop.call_soon_threadsafe(self._heavy_slots.release))
+        return await asyncio.wrap_future(work)
 
     async def run(self, function: Callable[..., T], *args: object, deadline: float) -> T:
         """Run in the pool unless the deadline has passed by the time a thread is free."""
