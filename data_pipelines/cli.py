@@ -9,7 +9,7 @@ import importlib
 import sys
 from typing import Protocol, cast
 
-from data_pipelines.errors import ClipstackError, SampleError, ShardError, Stopped
+from data_pipelines.errors import ClipstackError, MissingPackageError, SampleError, ShardError, Stopped
 from data_pipelines.installing import naming_extra
 from data_pipelines.one_line_parser import USAGE, OneLineParser
 
@@ -53,6 +53,8 @@ def main(argv: list[str]) -> int:
             return _run(name, argv[1:])
     except SystemExit as exit_:  # argparse's, after --help or a wrong argument
         return exit_.code if isinstance(exit_.code, int) else USAGE
+    except MissingPackageError as error:
+        return _fail(str(error), USAGE)
     except Stopped as error:
         return _fail(f"{name}: {error}", RESUMABLE)
     except (ShardError, SampleError) as error:

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 from data_pipelines.errors import DataError, ShardError
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+_FIX = "name a .tar file, a folder of them or a pattern that matches some"
 
 REMOTE_ATTEMPTS = 4
 
@@ -82,9 +83,12 @@ def shard_name(url: str) -> str:
     return url.split("?", 1)[0].rstrip("/").rsplit("/", 1)[-1]
 
 
-def expand(source: str) -> list[str]:
+def expand(source: str, *, key: str | None = None) -> list[str]:
     """The shards that a file, folder, brace pattern, glob or URL names, in a fixed order. Raises DataError
-    for none."""
+    for none.
+
+    key: of the recipe, where the source stands there: the error names it.
+    """
     from braceexpand import braceexpand
 
     if is_pipe(source):
@@ -93,33 +97,38 @@ def expand(source: str) -> list[str]:
     try:
         patterns = list(braceexpand(source)) if "{" in source else [source]
     except ValueError as error:
-        raise DataError(f"{source}: braces do not match; write shards-{{00000..00009}}.tar") from error
+        raise DataError(
+            f"{_named(source, key)}: braces do not match; write shards-{{00000..00009}}.tar"
+        ) from error
     found = [
         shard
         for pattern in patterns
-        for shard in (_expand_url if is_remote(pattern) else _expand_path)(pattern)
+        for shard in (_expand_url(pattern) if is_remote(pattern) else _expand_path(pattern, key))
     ]
     if not found and _holds_images(source):
         raise DataError(
-            f"{source}: images, no shards; `clipstack data build {source} --output DIR` makes shards of them"
+            f"{_named(source, key)}: images, no shards; "
+            f"`clipstack data build {source} --output DIR` makes shards of them"
         )
     if not found:
-        raise DataError(
-            f"{source}: no shards there; name a .tar file, a folder of them or a pattern that matches some"
-        )
+        raise DataError(f"{_named(source, key)}: no shards there; {_FIX}")
     return found
+
+
+def _named(source: str, key: str | None) -> str:
+    return source if key is None else f"{key} = {source!r}"
 
 
 def _holds_images(folder: str) -> bool:
     return any(name.lower().endswith(_IMAGES) for _, _, names in os.walk(folder) for name in names)
 
 
-def expand_all(sources: Sequence[str]) -> list[str]:
+def expand_all(sources: Sequence[str], *, key: str | None = None) -> list[str]:
     """`expand` of each, in a row."""
-    return [shard for source in sources for shard in expand(source)]
+    return [shard for source in sources for shard in expand(source, key=key)]
 
 
-def _expand_path(pattern: str) -> list[str]:
+def _expand_path(pattern: str, key: str | None) -> list[str]:
     path = os.path.expanduser(pattern)
     if os.path.isdir(path):
         return sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
@@ -127,7 +136,8 @@ def _expand_path(pattern: str) -> list[str]:
         return [path]
     if glob.has_magic(path):
         return sorted(match for match in glob.glob(path) if not match.endswith(".idx"))
-    raise DataError(f"{pattern}: no such file or folder{did_you_mean(Path(path))}")
+    fix = did_you_mean(Path(path)) or ("" if key is None else f"; {_FIX}")
+    raise DataError(f"{_named(pattern, key)}: no such file or folder{fix}")
 
 
 def did_you_mean(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import socket
 import sys
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from clipstack.checkpoint import has_model
 from clipstack.errors import ConfigError
 from serve.listening import listen, url_of
 from serve.security import hash_token
@@ -39,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="[ID=]M",
         help="run folder, exported folder or open_clip name; may be given several times "
-        f"(default: {DEMO_RUN}, where it exists)",
+        f"(default: {DEMO_RUN}, where it holds one)",
     )
     parser.add_argument(
         "--pretrained", metavar="W", help="with an open_clip name: a safetensors file or a tag"
@@ -87,7 +89,7 @@ def settings_of(args: argparse.Namespace, environ: Mapping[str, str]) -> Setting
     named = args.settings or environ.get(ENV_PREFIX + "SETTINGS")
     file = Path(named) if named else None
     settings = load_settings(flags, environ=environ, file=file)
-    if not settings.models and DEMO_RUN.is_dir():
+    if not settings.models and has_model(DEMO_RUN):
         settings = load_settings({**flags, "models": [str(DEMO_RUN)]}, environ=environ, file=file)
     models = _with_pretrained(settings.models, args.pretrained)
     return settings.model_copy(update={"models": models, "load_in_background": True})
@@ -133,10 +135,15 @@ def _serve(settings: Settings, sockets: list[socket.socket]) -> int:
     from serve.app import create_app
     from serve.logs import configure_logging
     from serve.server import run_server
+    from serve.service import is_still_loading
 
     configure_logging(settings.log_level)
     ready = partial(_say, f"ready: {url_of(settings.host, sockets)}") if on_terminal else None
-    return run_server(create_app(settings), settings, sockets, on_ready=ready)
+    status = run_server(create_app(settings), settings, sockets, on_ready=ready)
+    if is_still_loading():  # the interpreter would wait for that
+        logging.shutdown()
+        os._exit(status)
+    return status
 
 
 def _say(line: str) -> None:

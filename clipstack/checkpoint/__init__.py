@@ -11,11 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clipstack.checkpoint.export import export_model
+    from clipstack.checkpoint.finding import has_model
     from clipstack.checkpoint.load import LoadedModel, load_model
 
-__all__ = ["LoadedModel", "export_model", "load_model"]
+__all__ = ["LoadedModel", "export_model", "has_model", "load_model"]
 
-_MODULES = {"export_model": "export", "LoadedModel": "load", "load_model": "load"}
+_MODULES = {
+    "export_model": "export",
+    "has_model": "finding",
+    "LoadedModel": "load",
+    "load_model": "load",
+}
 
 
 def __getattr__(name: str) -> Any:

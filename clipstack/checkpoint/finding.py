@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from clipstack.checkpoint.folder import newest_sound, newest_step
+from clipstack.checkpoint.folder import checkpoints, newest_sound, newest_step
 from clipstack.checkpoint.layout import CHECKPOINTS, CONFIG_FILE, EXPORT, RECORD_FILE, read_json
 from clipstack.errors import CheckpointError, ConfigError
 
@@ -23,6 +23,12 @@ def is_finished(run_dir: Path, *, step: int, steps: int) -> bool:
     """Whether a run of `steps` steps has nothing left to do; step: of its newest checkpoint. An export of an
     earlier step is from before the run was given more steps."""
     return step >= steps and exported_step(run_dir / EXPORT) == step
+
+
+def has_model(path: Path) -> bool:
+    """Whether a run has come as far as a model, or a folder is one; sound or damaged."""
+    exported = (path / CONFIG_FILE, path / EXPORT / CONFIG_FILE)
+    return any(file.is_file() for file in exported) or bool(checkpoints(path / CHECKPOINTS))
 
 
 def weights_folder(path: Path, *, prefer_export: bool) -> Path:

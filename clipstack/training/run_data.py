@@ -20,8 +20,8 @@ from data_pipelines.sources import expand_all
 def find_data(config: DataConfig) -> None:
     """Raises DataError where data.train or data.val names no shards. Reads none of them."""
     for paths, _ in config.sources:
-        expand_all(paths)
-    expand_all(config.val_paths)
+        expand_all(paths, key="data.train")
+    expand_all(config.val_paths, key="data.val")
 
 
 def open_data(

@@ -7,8 +7,10 @@ import fcntl
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+from clipstack.checkpoint.layout import CHECKPOINTS
 from clipstack.errors import ConfigError
 
 LOCK_FILE = ".lock"
@@ -19,19 +21,19 @@ LOCK_POLL_S = 0.1
 
 class RunLock:
     """Keeps a second launch out of a run folder: an flock on RUN/.lock, which the kernel drops when the
-    process that holds it ends, however it ends. One process of a launch takes it."""
+    process that holds it ends, however it ends. One process of a launch takes it.
+
+    A launch that fails before it wrote anything leaves the run folder as it found it.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self._file: int | None = None
+        self._is_held = False
+        self._is_our_folder = False
 
     def take(self, *, at_most_s: float) -> None:
         """Wait a little for the ranks of a launch that is ending. Raises ConfigError for one that is not."""
-        make_folder(self._run_dir, self._run_dir)
-        try:
-            self._file = os.open(self._run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise unwritable(self._run_dir, error) from error
         os.register_at_fork(after_in_child=self.release)  # loader workers must not hold it for us
         give_up = time.monotonic() + min(LOCK_WAIT_S, at_most_s)
         said = False
@@ -47,9 +49,9 @@ class RunLock:
             time.sleep(LOCK_POLL_S)
 
     def _is_taken(self) -> bool:
-        assert self._file is not None
+        file = self._file = self._opened() if self._file is None else self._file
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -61,7 +63,26 @@ class RunLock:
                 file=sys.stderr,
                 flush=True,
             )
+            return True
+        if not self._lies_there(file):  # its launch failed and took it away: it keeps nobody out any more
+            self.release()
+            return False
+        self._is_held = True
         return True
+
+    def _lies_there(self, file: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file), (self._run_dir / LOCK_FILE).stat())
+        except FileNotFoundError:
+            return False
+
+    def _opened(self) -> int:
+        self._is_our_folder = not os.path.exists(self._run_dir)
+        make_folder(self._run_dir, self._run_dir)
+        try:
+            return os.open(self._run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise unwritable(self._run_dir, error) from error
 
     def release(self) -> None:
         """In a forked child this lets go of the child's copy only."""
@@ -72,8 +93,22 @@ class RunLock:
     def __enter__(self) -> RunLock:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is not None and self._is_held and self._file is not None:
+            self._take_away()
         self.release()
+
+    def _take_away(self) -> None:
+        """What a start makes, where nothing lies beside it or in it."""
+        lock, empty = self._run_dir / LOCK_FILE, self._run_dir / CHECKPOINTS
+        with suppress(OSError):  # what cannot go stays: the error that brought us here is the one to tell
+            if not {*self._run_dir.iterdir()} <= {lock, empty}:
+                return
+            if empty.exists():
+                empty.rmdir()
+            lock.unlink()
+            if self._is_our_folder:
+                self._run_dir.rmdir()
 
 
 def make_folder(folder: Path, run_dir: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import os
+import re
 import threading
 import time
 from collections import Counter
@@ -212,6 +213,22 @@ def test_a_misspelt_path_is_answered_with_the_one_beside_it(tmp_path: Path) -> N
     (tmp_path / "val-shards").mkdir()
     with pytest.raises(DataError, match=r"no such file or folder; did you mean .*/val-shards\?"):
         expand(f"{tmp_path}/val-shard/")
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("nope", "data.val = 'nope': no such file or folder; name a .tar file, a folder"),
+        ("n-*.tar", "data.val = 'n-*.tar': no shards there; name a .tar file, a folder"),
+        ("n-{0..", "data.val = 'n-{0..': braces do not match; write"),
+    ],
+)
+def test_the_key_of_a_wrong_source_is_named(
+    source: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=re.escape(said)):
+        expand(source, key="data.val")
 
 
 def remote_manifest(tmp_path: Path, server: Server, count: int = 8, size: int = 6) -> Manifest:

@@ -62,7 +62,10 @@ def test_several_values_come_as_commas_or_json() -> None:
 def test_the_demo_model_is_served_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert parse().models == ()
-    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    export = tmp_path / "runs" / "demo" / "export"
+    export.mkdir(parents=True)
+    assert parse().models == ()
+    (export / "open_clip_config.json").touch()
     assert [spec.id for spec in parse().models] == ["demo"]
 
 

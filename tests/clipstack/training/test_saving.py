@@ -24,7 +24,7 @@ from clipstack.checkpoint.layout import MANIFEST_FILE, checkpoint_name
 from clipstack.checkpoint.snapshot import Snapshot, load_snapshot
 from clipstack.config import load_recipe, to_toml
 from clipstack.config.models import CheckpointConfig, GuardConfig
-from clipstack.errors import CheckpointError, ConfigError
+from clipstack.errors import CheckpointError, ConfigError, DataError
 from clipstack.files import sha256_of
 from clipstack.run_log import read_jsonl
 from clipstack.towers import ModelRecord
@@ -322,6 +322,60 @@ def test_a_run_folder_is_locked_by_a_process_and_free_when_that_is_killed(
             lock.take(at_most_s=1)
     finally:
         os.killpg(holder.pid, signal.SIGKILL)
+
+
+def fail_in(folder: Path, *made: str) -> None:
+    """A start that makes these (folders end with a slash) and then fails."""
+    with pytest.raises(DataError), RunLock(folder) as lock:
+        lock.take(at_most_s=1)
+        for name in made:
+            (folder / name).mkdir() if name.endswith("/") else (folder / name).touch()
+        raise DataError("no data")
+
+
+def test_a_start_that_fails_leaves_the_run_folder_as_it_was(tmp_path: Path) -> None:
+    fail_in(tmp_path / "new", "checkpoints/")
+    fail_in(tmp_path / "newer")
+    assert not [*tmp_path.iterdir()]
+    (tmp_path / "own").mkdir()
+    fail_in(tmp_path / "own", "checkpoints/")
+    assert [*tmp_path.rglob("*")] == [tmp_path / "own"]
+
+
+@pytest.mark.parametrize(
+    "made", [("recipe.toml", "checkpoints/"), ("checkpoints/", "checkpoints/step-00000001/")]
+)
+def test_a_start_that_fails_takes_away_nothing_that_was_written(
+    made: tuple[str, ...], tmp_path: Path
+) -> None:
+    fail_in(tmp_path / "run", *made)
+    assert all((tmp_path / "run" / name).exists() for name in made)
+
+
+def test_who_is_kept_out_of_a_run_folder_takes_nothing_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clipstack.training.run_lock.LOCK_WAIT_S", 0.1)
+    with RunLock(tmp_path / "run") as first:
+        first.take(at_most_s=1)
+        with pytest.raises(ConfigError, match="another launch"), RunLock(tmp_path / "run") as second:
+            second.take(at_most_s=1)
+        assert (tmp_path / "run" / ".lock").exists()
+
+
+def test_who_waited_for_a_start_that_fails_holds_the_folder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock that it waited for is gone: it makes one that others see."""
+    monkeypatch.setattr("clipstack.training.run_lock.LOCK_WAIT_S", 0.1)
+    first, waiting = RunLock(tmp_path / "run"), RunLock(tmp_path / "run")
+    first.take(at_most_s=1)
+    assert not waiting._is_taken()
+    first.__exit__(DataError)
+    with waiting:
+        waiting.take(at_most_s=1)
+        with pytest.raises(ConfigError, match="another launch"), RunLock(tmp_path / "run") as third:
+            third.take(at_most_s=1)
 
 
 def test_what_killed_saves_have_left_is_removed_by_the_next(tmp_path: Path) -> None:

@@ -138,11 +138,11 @@ def test_open_clip_alone_loads_the_export_with_the_same_features(straight: Path)
 BAD_INPUT = {
     "train.stesp=3": "train.stesp: unknown key; did you mean train.steps?",
     "train.steps=many": "train.steps = 'many'",
-    "data.train=nowhere/part-{0..3}.tar": "nowhere/part-0.tar",
-    "data.train=nowhere/part-*.tar": "nowhere/part-*.tar",
+    "data.train=nowhere/part-{0..3}.tar": "data.train = 'nowhere/part-0.tar': no such file or folder; ",
+    "data.train=nowhere/part-*.tar": "data.train = 'nowhere/part-*.tar': no shards there; name a .tar file",
     "data.train=README.md": "README.md",
-    "data.train=nowhere.tar model.pretrained=later.pt": "nowhere.tar: no such file",
-    "data.val=nowhere.tar model.pretrained=later.pt": "nowhere.tar: no such file",
+    "data.train=nowhere.tar model.pretrained=later.pt": "data.train = 'nowhere.tar': no such file or folder",
+    "data.val=nowhere.tar model.pretrained=later.pt": "data.val = 'nowhere.tar': no such file or folder",
     "train.batch_size=9": "train.batch_size = 9: not divisible by 2 ranks; take 8",
     "model=ViT-B-23": "did you mean 'ViT-B-",
     "run.dir=/proc/nothing": "run.dir = '/proc/nothing'",
@@ -160,6 +160,7 @@ def test_bad_input_ends_with_one_line_and_code_2(trainer: Trainer, tmp_path: Pat
         assert ended.codes[0] == 2 and ended.codes[1] in (1, 2), (change, ended.text)
         assert message in ended.logs[0]
         assert ended.logs[0].startswith("error: ") and ended.logs[0].count("\n") == 1, ended.logs[0]
+    assert not [*tmp_path.glob("run-*")], "a start that fails leaves nothing behind"
 
 
 def test_a_run_folder_of_another_recipe_is_refused(trainer: Trainer, straight: Path) -> None:
