@@ -30,7 +30,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from clipstack.config import Recipe, load_recipe
-from clipstack.config.help import help_config
+from clipstack.config.help import help_config, recipe_advice
 from clipstack.errors import ClipstackError, ConfigError, DataError, MissingPackageError
 from data_pipelines.installing import naming_extra
 from data_pipelines.one_line_parser import OneLineParser
@@ -166,6 +166,7 @@ def check_batch(recipe: Recipe, world: World) -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser("clipstack train", "Pretrain or fine-tune a CLIP-style model from a recipe.")
+    parser.advice = _advice
     parser.add_argument("--config", type=Path, metavar="RECIPE.toml", help="the recipe")
     parser.add_argument(
         "--deepspeed_config", type=Path, metavar="DS.json", help="sharding and precision for DeepSpeed"
@@ -184,6 +185,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "overrides", nargs="*", metavar="key=value", help="recipe values, such as optim.lr=1e-3"
     )
     return parser.parse(sys.argv[1:] if argv is None else argv)
+
+
+def _advice(flag: str, value: str) -> str | None:
+    if flag == "--deepspeed":  # what other trainers ask for
+        return "leave it out, DeepSpeed always runs"
+    return recipe_advice(flag, value)
 
 
 def _say(world: World, line: str) -> None:

@@ -29,6 +29,17 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models_in(argument)
 
 
+def recipe_advice(flag: str, value: str) -> str | None:
+    """What a flag that is none, such as --lr, is to be written as, where it names a key of the recipe."""
+    name = flag.lstrip("-").replace("-", "_").replace(".", "_")
+    keys = [key for key, info in walk_fields(Recipe) if not any(True for _ in _models_in(info.annotation))]
+    meant = [key for key in keys if f"_{key.replace('.', '_')}".endswith(f"_{name}")]
+    if not meant:
+        return None
+    key = min(meant, key=lambda key: (key.count("."), not key.startswith("train.")))
+    return f"did you mean {key}={value or '...'}?"
+
+
 def help_config() -> str:
     """Every key of a recipe with its default, unit and meaning, as `clipstack train --help-config` prints
     it."""

@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipstack.config import Recipe, load_recipe
+from clipstack.config.help import recipe_advice
+from clipstack.evaluation.arguments import positive
 from clipstack.recipes import shipped_recipes
+from data_pipelines.one_line_parser import OneLineParser
 
 if TYPE_CHECKING:
     from clipstack.demo.scores import Score
@@ -25,14 +28,17 @@ TRAINS_WITH = ("torch", "torchvision", "open_clip", "safetensors", "deepspeed", 
 """Modules of the extra `train`."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: OneLineParser) -> None:
+    parser.advice = recipe_advice
     parser.add_argument(
         "--dir", type=Path, default=Path("runs/demo"), help="where everything goes (default: %(default)s)"
     )
-    parser.add_argument("--ranks", type=int, default=2, help="processes to train with (default: %(default)s)")
+    parser.add_argument(
+        "--ranks", type=positive, default=2, help="processes to train with (default: %(default)s)"
+    )
     parser.add_argument(
         "--train-samples",
-        type=int,
+        type=positive,
         default=30_000,
         help="pictures to draw for training (default: %(default)s)",
     )
@@ -47,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     run_dir: Path = args.dir
     data = run_dir.with_name(run_dir.name + "-data")
     lessons = _lessons(run_dir, data, args.overrides)
+    _check_ranks(lessons, args.ranks)
 
     _say(1, f"Drawing {args.train_samples:,} pictures of coloured shapes with captions into {data}")
     _say(0, "Six pairs of colour and shape are kept out of training altogether: the test shows only those.")
@@ -88,6 +95,15 @@ def _check_installed() -> None:
     for name in TRAINS_WITH:
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def _check_ranks(lessons: Sequence[Lesson], ranks: int) -> None:
+    """Raises ConfigError where the trainer would refuse a batch for them."""
+    from clipstack.train import check_batch
+    from clipstack.world import World
+
+    for lesson in lessons:
+        check_batch(lesson.recipe, World(size=ranks))
 
 
 @dataclass(frozen=True)

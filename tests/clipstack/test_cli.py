@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from clipstack.cli import COMMANDS, READER_GONE
+from clipstack.cli import COMMANDS, READER_GONE, main
 from data_pipelines.installing import naming_extra
+from data_pipelines.one_line_parser import OneLineParser
 from tests.clipstack.launching import REPOSITORY
 
 
@@ -85,3 +86,70 @@ def test_a_command_whose_extra_is_missing_names_it(command: str, tmp_path: Path)
 def test_a_fault_of_our_own_is_not_taken_for_a_missing_package() -> None:
     with pytest.raises(ModuleNotFoundError), naming_extra("clipstack eval", "eval"):
         raise ModuleNotFoundError("No module named 'clipstack.nothing'", name="clipstack.nothing")
+
+
+def test_the_data_tools_name_their_extra(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_pipelines.cli._run", _import_polars)
+    monkeypatch.setitem(sys.modules, "polars", None)
+    assert main(["data", "stats", "shards"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: clipstack data stats needs polars: pip install '.[data]' in the checkout")
+    assert said.count("\n") == 1
+
+
+def _import_polars(name: str, argv: list[str]) -> int:
+    import polars
+
+    return len(polars.__name__)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("serve --prot 3", "clipstack serve: unknown argument --prot; did you mean --port?"),
+        ("serve --por 3", "clipstack serve: unknown argument --por; did you mean --port?"),
+        ("serve --zzz", "clipstack serve: unknown argument --zzz; see clipstack serve --help"),
+        (
+            "eval --model m --data d --task zeroshot --modle x",
+            "clipstack eval: unknown argument --modle; did you",
+        ),
+        ("eval --data d --task zeroshot", "clipstack eval: the following arguments are required: --model"),
+        ("runs --htlm=page run", "clipstack runs: unknown argument --htlm=page; did you mean --html?"),
+        ("data stats shards --jsn", "clipstack data stats: unknown argument --jsn; did you mean --json?"),
+        ("demo --rank 2", "clipstack demo: unknown argument --rank; did you mean --ranks?"),
+        ("demo --steps 2", "clipstack demo: unknown argument --steps; did you mean train.steps=2?"),
+        ("train --lr 3", "clipstack train: unknown argument --lr; did you mean optim.lr=3?"),
+        ("train --optim.lr=3", "clipstack train: unknown argument --optim.lr=3; did you mean optim.lr=3?"),
+        (
+            "train --batch-size",
+            "clipstack train: unknown argument --batch-size; did you mean train.batch_size=...?",
+        ),
+        ("train --run-dir r", "clipstack train: unknown argument --run-dir; did you mean run.dir=r?"),
+        ("train --lr --fresh", "clipstack train: unknown argument --lr; did you mean optim.lr=...?"),
+        (
+            "train --deepspeed ds.json",
+            "clipstack train: unknown argument --deepspeed; leave it out, DeepSpeed always",
+        ),
+        ("train --dry_run", "clipstack train: unknown argument --dry_run; did you mean --dry-run?"),
+    ],
+)
+def test_an_unknown_flag_is_one_line_with_what_was_meant(
+    arguments: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(arguments.split())
+    except SystemExit as ended:
+        code = ended.code
+    told = capsys.readouterr()
+    assert code == 2 and not told.out
+    assert told.err.startswith(f"error: {said}") and told.err.count("\n") == 1
+
+
+def test_flags_and_other_arguments_come_in_any_order() -> None:
+    parser = OneLineParser("prog", "Tests.")
+    parser.add_argument("--ranks", type=int)
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse(["a=1", "--ranks", "2", "b=2"])
+    assert (args.ranks, args.overrides) == (2, ["a=1", "b=2"])

@@ -1,6 +1,9 @@
 """The demo's scores: an oracle gets everything, a blind model gets nothing, each factor is told apart."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,7 @@ from clipstack.demo.scores import (
 from clipstack.errors import DataError
 from clipstack.recipes import shipped_recipes
 from data_pipelines.shapes import generate, scenes
+from tests.clipstack.launching import REPOSITORY
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +103,32 @@ def test_prompts_of_a_class_are_averaged() -> None:
     # "p" alone is nearer to neither; the mean of "p" and "q" is what the image shows
     scores = factor_scores({"x": unit(1.0, 1.0, 0.0)}, texts, ProbeSet((), prompts, labels))
     assert scores == {"factor": Score(1.0, 0.5, 1)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--ranks 0", "--ranks: 0: must be 1 or more"),
+        ("--ranks two", "--ranks: two: must be a whole number, 1 or more"),
+        ("--train-samples -1", "--train-samples: -1: must be 1 or more"),
+        ("--ranks 3", "train.batch_size = 128: not divisible by 3 ranks; take 126"),
+        (
+            "--ranks 5 train.batch_size=10 train.micro_batch_size=4",
+            "train.micro_batch_size = 4: does not divide",
+        ),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_before_anything_is_drawn(
+    arguments: str, message: str, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "clipstack.cli", "demo", *arguments.split()],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1
+    assert not done.stdout and not [*tmp_path.iterdir()]
 
 
 def test_every_score_is_printed_beside_chance() -> None:
