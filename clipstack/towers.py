@@ -59,8 +59,9 @@ def named_tables(name: str, *, key: str, or_folder: bool = False) -> dict[str, A
     ConfigError, with the nearest name, for an unknown one."""
     tables = open_clip.get_model_config(name.replace("/", "-"))
     if tables is None:
-        near = difflib.get_close_matches(name, open_clip.list_models(), n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]!r}?" if near else "open_clip.list_models() names them"
+        known = {known.lower(): known for known in open_clip.list_models()}
+        near = difflib.get_close_matches(name.lower(), known, n=1)
+        hint = f"did you mean {known[near[0]]!r}?" if near else "open_clip.list_models() names them"
         folder = "there is no such folder, and " if or_folder else ""
         raise ConfigError(f"{key} = {name!r}: {folder}open_clip has no such architecture; {hint}")
     if "multimodal_cfg" in tables:

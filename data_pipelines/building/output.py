@@ -70,6 +70,9 @@ def claimed(out: Path, plan: Mapping[str, Any], inputs: Inputs) -> Iterator[None
 
 
 def refuse_other_plan(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises DataError where the plans differ."""
+    if before.get("inputs") != now.get("inputs"):
+        raise DataError(f"{out}: was built from other inputs; name a new folder or delete this one")
     for name in sorted({*before, *now}):
         if before.get(name) != now.get(name):
             old, new = _difference(before.get(name), now.get(name))

@@ -226,6 +226,8 @@ def _exported(folder: Path) -> Path:
     ("name", "error", "message"),
     [
         ("ViT-B-99999", ConfigError, "--model = 'ViT-B-99999': there is no such folder, and open_clip has"),
+        ("vitb32", ConfigError, "did you mean 'ViT-B-32'"),
+        ("nope", ConfigError, r"no such architecture; open_clip\.list_models\(\) names them"),
         (f"{Path(__file__).parent}x/losses", ConfigError, "not a folder"),
         ("tests/clipstak", ConfigError, "did you mean tests/clipstack"),
         ("./nowhere", ConfigError, "not a folder"),
