@@ -31,11 +31,11 @@ class Picture:
 
 
 class Gallery:
-    """Pictures read once at start; their vectors are computed once for each version that is asked."""
+    """Pictures read once at start; their vectors are computed once for each model that is asked."""
 
     def __init__(self, pictures: tuple[Picture, ...]) -> None:
         self.pictures = pictures
-        self._vectors: tuple[str, asyncio.Task[Float32]] | None = None
+        self._vectors: dict[str, asyncio.Task[Float32]] = {}  # by fingerprint
 
     @classmethod
     def read(cls, folder: Path, *, max_images: int, limits: ImageLimits) -> Gallery:
@@ -56,10 +56,14 @@ class Gallery:
         return [(self.pictures[i], float(cosines[i])) for i in order]
 
     async def _vectors_of(self, version: Version) -> Float32:
-        known = self._vectors
-        if known is None or known[0] != version.info.fingerprint or _has_failed(known[1]):
-            known = self._vectors = (version.info.fingerprint, asyncio.ensure_future(self._encode(version)))
-        return await asyncio.shield(known[1])
+        known = self._vectors.get(version.info.fingerprint)
+        if known is None or _has_failed(known):
+            known = self._vectors[version.info.fingerprint] = asyncio.ensure_future(self._encode(version))
+        return await asyncio.shield(known)
+
+    def forget(self, fingerprint: str) -> None:
+        """Drop the vectors of a model that is no longer served."""
+        self._vectors.pop(fingerprint, None)
 
     async def _encode(self, version: Version) -> Float32:
         with version.lease():

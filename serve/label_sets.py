@@ -33,9 +33,18 @@ class LabelSetStore:
     transaction.
     """
 
-    def __init__(self, path: Path, *, max_sets: int, max_bytes: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        max_sets: int,
+        max_bytes: int,
+        on_gone: Callable[[LabelSet], object] = lambda label_set: None,
+    ) -> None:
+        """on_gone: called, in the caller's thread, with a set that was replaced by another or deleted."""
         self._max_sets = max_sets
         self._max_bytes = max_bytes
+        self._on_gone = on_gone
         self._lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +77,7 @@ class LabelSetStore:
         """
         row = (label_set.id, json.dumps(label_set.labels), json.dumps(label_set.templates))
         with self._lock:
-            known = self._db.execute("SELECT 1 FROM label_sets WHERE id = ?", row[:1]).fetchone() is not None
+            before = self._find(label_set.id)
             # JSON as we write it is ASCII: as many bytes as characters.
             count, size_bytes = self._db.execute(
                 "SELECT count(*), coalesce(sum(length(labels) + length(templates)), 0) FROM label_sets "
@@ -82,23 +91,39 @@ class LabelSetStore:
                 message = f"this server keeps {self._max_bytes} bytes of label sets; delete one first"
                 raise ServeError(ErrorCode.LABEL_SETS_FULL, message)
             self._db.execute("INSERT OR REPLACE INTO label_sets VALUES (?, ?, ?)", row)
-        return not known
+        if before is not None and before != label_set:
+            self._on_gone(before)
+        return before is None
 
     def get(self, set_id: str) -> LabelSet:
         """Raises ServeError label_set_not_found."""
         with self._lock:
-            row = self._db.execute(
-                "SELECT id, labels, templates FROM label_sets WHERE id = ?", (set_id,)
-            ).fetchone()
-        if row is None:
+            label_set = self._find(set_id)
+        if label_set is None:
             raise _not_found()
-        return _from_row(row)
+        return label_set
+
+    def _find(self, set_id: str) -> LabelSet | None:
+        row = self._db.execute(
+            "SELECT id, labels, templates FROM label_sets WHERE id = ?", (set_id,)
+        ).fetchone()
+        return None if row is None else _from_row(row)
+
+    def has(self, labels: tuple[str, ...], templates: tuple[str, ...]) -> bool:
+        """Whether they are registered, under whatever id."""
+        row = (json.dumps(labels), json.dumps(templates))
+        with self._lock:
+            found = self._db.execute("SELECT 1 FROM label_sets WHERE labels = ? AND templates = ?", row)
+            return found.fetchone() is not None
 
     def delete(self, set_id: str) -> None:
         """Raises ServeError label_set_not_found."""
         with self._lock:
-            if self._db.execute("DELETE FROM label_sets WHERE id = ?", (set_id,)).rowcount == 0:
-                raise _not_found()
+            before = self._find(set_id)
+            self._db.execute("DELETE FROM label_sets WHERE id = ?", (set_id,))
+        if before is None:
+            raise _not_found()
+        self._on_gone(before)
 
     def list(self) -> list[LabelSet]:
         """In order of their ids."""
@@ -133,24 +158,31 @@ def _size_of(key: MatrixKey, matrix: Float32) -> int:
     return matrix.nbytes + sum(sys.getsizeof(text) for text in (*key.labels, *key.templates))
 
 
-@dataclass
+@dataclass(eq=False)
 class _Build:
     task: asyncio.Task[Float32]
     waiters: int = 0
+    may_go_on: bool = True  # when nobody waits for it
 
 
 class MatrixCache:
     """Classifier matrices (labels, D) by key, least recently used out first.
 
     Requests for the same key share one computation. It is called off when the last of them has left, unless
-    it was asked to be kept (a registered label set will be wanted again).
+    it was asked to be kept (a registered label set will be wanted again), its model is served, and no other
+    one goes on in this way.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(
+        self, max_bytes: int, *, is_served: Callable[[str], bool] = lambda fingerprint: True
+    ) -> None:
+        """is_served: whether a model of this fingerprint answers now."""
         self._max_bytes = max_bytes
+        self._is_served = is_served
         self._size_bytes = 0
         self._done: OrderedDict[MatrixKey, Float32] = OrderedDict()
         self._building: dict[MatrixKey, _Build] = {}
+        self._left: _Build | None = None  # the one that goes on though nobody waits for it
 
     def __contains__(self, key: MatrixKey) -> bool:
         return key in self._done
@@ -169,10 +201,24 @@ class MatrixCache:
             return await asyncio.shield(entry.task)
         finally:
             entry.waiters -= 1
-            if entry.waiters == 0 and not keep and self._building.get(key) is entry:
-                # Forgotten at once: the next request must begin anew, not wait for what is being called off.
-                del self._building[key]
-                entry.task.cancel()
+            if entry.waiters == 0 and self._building.get(key) is entry:
+                if keep and self._may_go_on(key, entry):
+                    self._left = entry
+                else:
+                    self._call_off(key)
+
+    def _may_go_on(self, key: MatrixKey, entry: _Build) -> bool:
+        return entry.may_go_on and self._is_served(key.fingerprint) and self._left in (None, entry)
+
+    def _call_off(self, key: MatrixKey) -> None:
+        """Forgotten at once: the next request must begin anew, not wait for what is being called off."""
+        self._remove(key).task.cancel()
+
+    def _remove(self, key: MatrixKey) -> _Build:
+        entry = self._building.pop(key)
+        if self._left is entry:
+            self._left = None
+        return entry
 
     async def _build(self, key: MatrixKey, build: Callable[[], Awaitable[Float32]]) -> Float32:
         try:
@@ -180,18 +226,25 @@ class MatrixCache:
         finally:
             entry = self._building.get(key)
             if entry is not None and entry.task is asyncio.current_task():
-                del self._building[key]
+                self._remove(key)
         self._store(key, matrix)
         return matrix
 
     def _store(self, key: MatrixKey, matrix: Float32) -> None:
         size_bytes = _size_of(key, matrix)
-        if size_bytes > self._max_bytes or key in self._done:
+        if size_bytes > self._max_bytes or key in self._done or not self._is_served(key.fingerprint):
             return
         self._done[key] = matrix
         self._size_bytes += size_bytes
         while self._size_bytes > self._max_bytes:
             self._size_bytes -= _size_of(*self._done.popitem(last=False))
+
+    def call_off(self, fingerprint: str) -> None:
+        """Of a version that was replaced: end what nobody waits for, now or when the last has left."""
+        for key in [key for key in self._building if key.fingerprint == fingerprint]:
+            self._building[key].may_go_on = False
+            if self._building[key].waiters == 0:
+                self._call_off(key)
 
     def forget(self, fingerprint: str) -> None:
         """Drop the matrices of a model that is no longer served."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from clipstack.errors import ClipstackError
@@ -16,7 +18,7 @@ from serve.decoding import DecodePool
 from serve.errors import ErrorCode, ServeError, draining
 from serve.gallery import Gallery
 from serve.images import ImageLimits
-from serve.label_sets import LabelSetStore, MatrixCache, MatrixKey
+from serve.label_sets import LabelSet, LabelSetStore, MatrixCache, MatrixKey
 from serve.metrics import Metrics, ModelObserver
 from serve.operations import build_matrix
 from serve.runtime import RuntimeLoader, available_cores
@@ -30,6 +32,8 @@ logger = logging.getLogger("serve")
 
 READY_FOR_S = 1.0  # /readyz asks the models at most this often
 READY_TIMEOUT_S = 10.0
+LOADER = "load"  # what the names of the threads that load begin with
+IDLE_THREAD_S = 0.5  # in which one that has nothing to do has ended
 
 
 class Service:
@@ -58,8 +62,10 @@ class Service:
             ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
             observe=metrics.stages.labels("decode").observe,
         )
+        self._loader = ThreadPoolExecutor(thread_name_prefix=LOADER)
         self._machinery = Machinery(
             device=self._device,
+            loader=self._loader,
             lanes=settings.device_lanes,
             decoder=self.decoder,
             limits=BatchLimits(settings.max_batch_images, settings.max_batch_texts, settings.max_batch_bytes),
@@ -71,11 +77,13 @@ class Service:
             max_text_chars=settings.max_text_chars,
         )
         self._label_sets: LabelSetStore | None = None
-        self.matrices = MatrixCache(settings.label_cache_bytes)
+        self.matrices = MatrixCache(settings.label_cache_bytes, is_served=self._is_served)
         self.models = {name: self._served(name, load) for name, load in loaders.items()}
         self.loaded_at: dict[str, float] = {}
         self._ready: tuple[float, asyncio.Task[None]] | None = None
         self._background: set[asyncio.Future[Any]] = set()
+        self._warming: dict[asyncio.Future[Any], tuple[Version, MatrixKey]] = {}
+        self._one_build = asyncio.Lock()
 
     def _served(self, name: str, load: RuntimeLoader) -> ServedModel:
         settings = self.settings
@@ -125,17 +133,21 @@ class Service:
         return self._label_sets
 
     async def _load_all(self) -> None:
-        settings = self.settings
+        settings, loop = self.settings, asyncio.get_running_loop()
         self._label_sets = LabelSetStore(
-            settings.label_set_path, max_sets=settings.max_label_sets, max_bytes=settings.max_label_set_bytes
+            settings.label_set_path,
+            max_sets=settings.max_label_sets,
+            max_bytes=settings.max_label_set_bytes,
+            on_gone=lambda gone: loop.call_soon_threadsafe(self._label_set_gone, gone),
         )
         if settings.gallery is not None:  # read first: its mistakes show before a model has been loaded
-            self.gallery = await asyncio.to_thread(
+            read = partial(
                 Gallery.read,
                 settings.gallery,
                 max_images=settings.max_gallery_images,
                 limits=ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
             )
+            self.gallery = await loop.run_in_executor(self._loader, read)
         for model in self.models.values():
             await self.load(model)
 
@@ -144,22 +156,37 @@ class Service:
 
         Registered label sets are computed for the new version when they are next asked for.
         """
-        before = model.version if model.is_loaded else None
         result = "failed"
         try:
-            after = await model.load()
+            before, after = await model.load(partial(self._swapped, model))
             result = "done"
         finally:
             self.metrics.reloads.labels(model.name, result).inc()
-        self.loaded_at[model.name] = time.time()
-        if before is not None:
-            self.metrics.model_info.remove(model.name, before.info.fingerprint, before.info.engine)
-        if before is not None and before.info.fingerprint != after.info.fingerprint:
+        if before is not None and not self._is_served(before.info.fingerprint):
             self.matrices.forget(before.info.fingerprint)
-        self.metrics.model_info.labels(model.name, after.info.fingerprint, after.info.engine).set(1)
-        loaded = {"model": model.name, "fingerprint": after.info.fingerprint, "engine": after.info.engine}
-        logger.info("model loaded", extra=loaded)
+            if self.gallery is not None:
+                self.gallery.forget(before.info.fingerprint)
         return before, after
+
+    def _swapped(self, model: ServedModel, old: Version | None, new: Version) -> None:
+        """Tell of the version that answers from now on, and give up what was computed for the old one in
+        advance: the reload would wait for it.
+        """
+        if old is not None:
+            self.metrics.model_info.remove(model.name, old.info.fingerprint, old.info.engine)
+            self._stop_warming(lambda version, key: version is old)
+            self.matrices.call_off(old.info.fingerprint)
+        self.loaded_at[model.name] = time.time()
+        self.metrics.model_info.labels(model.name, new.info.fingerprint, new.info.engine).set(1)
+        loaded = {"model": model.name, "fingerprint": new.info.fingerprint, "engine": new.info.engine}
+        logger.info("model loaded", extra=loaded)
+
+    def _versions(self) -> list[Version]:
+        """Those that answer now."""
+        return [model.version for model in self.models.values() if model.is_loaded]
+
+    def _is_served(self, fingerprint: str) -> bool:
+        return any(version.info.fingerprint == fingerprint for version in self._versions())
 
     async def reload(self, model: ServedModel) -> tuple[Version, Version]:
         """Reload one model, to its end even when nobody waits for it any more. Raises ClipstackError,
@@ -168,7 +195,10 @@ class Service:
         before = model.version
         task = asyncio.ensure_future(self.load(model))
         self.in_background(task)
-        _, after = await asyncio.shield(task)
+        try:
+            _, after = await asyncio.shield(task)
+        finally:
+            del task  # an exception holds this frame, and would be held by it
         return before, after
 
     def model(self, name: str | None) -> ServedModel:
@@ -183,14 +213,35 @@ class Service:
         return self.models[name]
 
     def warm(self, version: Version, labels: tuple[str, ...], templates: tuple[str, ...]) -> None:
-        """Begin to compute a registered label set's matrix, so that its first request need not wait."""
+        """Compute a registered label set's matrix in its turn, so that its first request need not wait."""
         key = MatrixKey(version.info.fingerprint, labels, templates)
-        self.in_background(self.matrices.get(key, build_matrix(version, key), keep=True))
+        task = self.in_background(self._warm(version, key))
+        self._warming[task] = (version, key)
+        task.add_done_callback(self._warming.pop)
 
-    def in_background(self, work: Awaitable[object]) -> None:
+    async def _warm(self, version: Version, key: MatrixKey) -> None:
+        """One at a time, and only what is still wanted when its turn comes."""
+        async with self._one_build:
+            if version not in self._versions():
+                return
+            if await asyncio.to_thread(self.label_sets.has, key.labels, key.templates):
+                await self.matrices.get(key, build_matrix(version, key), keep=False)
+
+    def _stop_warming(self, where: Callable[[Version, MatrixKey], bool]) -> None:
+        """What requests wait for as well goes on for them."""
+        for task, (version, key) in self._warming.items():
+            if where(version, key):
+                task.cancel()
+
+    def _label_set_gone(self, gone: LabelSet) -> None:
+        """Another set may be the same under another id: its first request then computes the matrix."""
+        self._stop_warming(lambda _, key: (key.labels, key.templates) == (gone.labels, gone.templates))
+
+    def in_background(self, work: Awaitable[object]) -> asyncio.Future[object]:
         task = asyncio.ensure_future(work)
         self._background.add(task)
         task.add_done_callback(self._background_done)
+        return task
 
     def _background_done(self, task: asyncio.Future[object]) -> None:
         self._background.discard(task)
@@ -236,11 +287,20 @@ class Service:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         await self.matrices.close()
+        self._loader.shutdown(wait=False, cancel_futures=True)  # a model may take minutes to load
         # In a thread: what still runs may take its time, and last replies are on their way out meanwhile.
         await asyncio.to_thread(self.decoder.close)
         await asyncio.to_thread(self._device.shutdown, wait=True, cancel_futures=True)
         if self._label_sets is not None:
             self._label_sets.close()
+
+
+def is_still_loading() -> bool:
+    """Whether a thread loads what nobody waits for any more. Nothing stops it but the process's end."""
+    loading = [thread for thread in threading.enumerate() if thread.name.startswith(LOADER)]
+    for thread in loading:
+        thread.join(IDLE_THREAD_S)
+    return any(thread.is_alive() for thread in loading)
 
 
 def _start_failed() -> ServeError:

@@ -32,6 +32,7 @@ from serve.decoding import DecodePool
 from serve.errors import ErrorCode, ServeError
 from serve.items import ImageItem, Item, TextItem
 from serve.runtime import Float32, Runtime, RuntimeLoader, SelfTestError, TokenIds, Tokens, UInt8
+from serve.threads import sealed
 from serve.zero_shot import prompts_of
 
 logger = logging.getLogger("serve")
@@ -94,19 +95,30 @@ async def or_refuse(work: Awaitable[T], what: str) -> T:
     An engine raises what it likes. Its exception is asked for, not caught, so that none is missed.
     """
     task = asyncio.ensure_future(work)
-    await asyncio.wait([task])
+    try:
+        await asyncio.wait([task])
+    finally:
+        task.cancel()  # nobody waits for it any more
     error = task.exception()
     if error is None:
         return task.result()
     _let_go(error)
-    if isinstance(error, ClipstackError):
-        raise error
-    raise SelfTestError(f"{what} ({type(error).__name__}: {error})") from error
+    # This frame goes with the exception. If it held the exception in turn, both would live on, and with them
+    # what the callers' frames hold: the refused model and the one that answers.
+    del task, work
+    try:
+        if isinstance(error, ClipstackError):
+            raise error
+        raise SelfTestError(f"{what} ({type(error).__name__}: {error})") from error
+    finally:
+        del error
 
 
 def _let_go(error: BaseException | None) -> None:
     """Empty the frames that it came through: they hold the refused model for as long as it lives."""
-    while error is not None:
+    seen = set()
+    while error is not None and id(error) not in seen:  # causes may form a ring
+        seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
 
@@ -124,6 +136,8 @@ class Machinery:
     """What all versions of all models share."""
 
     device: Executor
+    loader: Executor
+    """Not asyncio's own: the end of the event loop would wait for a model that is still being loaded."""
     lanes: int
     """Batches of one model that the device computes side by side."""
     decoder: DecodePool
@@ -361,19 +375,29 @@ class ServedModel:
     def is_loaded(self) -> bool:
         return self._version is not None
 
-    async def load(self) -> Version:
-        """Load, self-test, and put the new version in place; the old one, if any, answers until then.
+    async def load(
+        self, on_swap: Callable[[Version | None, Version], None]
+    ) -> tuple[Version | None, Version]:
+        """Load, self-test, and put the new version in place; the old one, if any, answers until then. Returns
+        both when no request holds the old one any more.
 
-        Raises ClipstackError, with the old version still in place; ServeError reload_in_progress for a second
+        on_swap: called with the old and the new version as soon as the new one answers. Raises
+        ClipstackError, with the old version still in place; ServeError reload_in_progress for a second
         caller.
         """
         if self._reloading.locked():
             raise ServeError(ErrorCode.RELOAD_IN_PROGRESS, "this model is being reloaded already")
         async with self._reloading:
             shared = self._machinery
-            runtime = await or_refuse(asyncio.to_thread(self._load), "the model cannot be loaded")
-            tested = asyncio.get_running_loop().run_in_executor(shared.device, self_test, runtime)
-            canary = await or_refuse(tested, "self-test: the model cannot encode")
+            loop = asyncio.get_running_loop()
+            # No name for these futures: an exception holds this frame, and would be held by it.
+            runtime = await or_refuse(
+                loop.run_in_executor(shared.loader, sealed(self._load)), "the model cannot be loaded"
+            )
+            canary = await or_refuse(
+                loop.run_in_executor(shared.device, sealed(self_test), runtime),
+                "self-test: the model cannot encode",
+            )
             batcher = Batcher(
                 runtime,
                 device=shared.device,
@@ -382,7 +406,9 @@ class ServedModel:
                 cores=shared.cores if runtime.info.device == "cpu" else None,
                 observer=self._observer,
             )
-            old, self._version = self._version, Version(runtime, canary, batcher, shared)
+            old, new = self._version, Version(runtime, canary, batcher, shared)
+            self._version = new
+            on_swap(old, new)
             if old is not None:
                 await old.drained()
-            return self._version
+            return old, new

@@ -11,6 +11,8 @@ from fastapi.testclient import TestClient
 from clipstack.errors import ConfigError
 from serve.gallery import Gallery
 from serve.images import ImageLimits
+from serve.security import hash_token
+from serve.service import Service
 from tests.serve.conftest import MakeClient
 from tests.serve.fakes import FakeRuntime
 from tests.serve.pictures import jpeg
@@ -84,3 +86,34 @@ def test_a_search_keeps_its_deadline_while_the_pictures_are_encoded(
     finally:
         runtime.gate.set()
     assert search(client).status_code == 200
+
+
+def test_each_model_encodes_the_pictures_once_until_it_is_replaced(
+    make_client: MakeClient, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = {"a": FakeRuntime("a-1"), "b": FakeRuntime("b-1")}
+    monkeypatch.setattr(
+        "serve.app.loaders_of", lambda settings, runtime: {name: lambda n=name: engines[n] for name in "ab"}
+    )
+    client = make_client(
+        models=("a=unused", "b=unused"), gallery=folder, admin_token_hashes=(hash_token("root"),)
+    )
+
+    def images_of(engine: FakeRuntime) -> int:
+        return sum(size for kind, size in engine.batches if kind == "image")
+
+    def search_in_turn() -> None:
+        for name in "abab":
+            assert client.post("/v1/gallery/search", json={"text": "x", "model": name}).status_code == 200
+
+    before = {name: images_of(engine) for name, engine in engines.items()}
+    search_in_turn()
+    assert {name: images_of(engine) - before[name] for name, engine in engines.items()} == {"a": 3, "b": 3}
+
+    engines["a"] = FakeRuntime("a-2")
+    root = {"authorization": "Bearer root"}
+    assert client.post("/v1/models/reload", json={"model": "a"}, headers=root).json()["changed"]
+    service: Service = client.app.state.service  # type: ignore[attr-defined]
+    assert service.gallery is not None and set(service.gallery._vectors) == {"b-1"}
+    search_in_turn()
+    assert images_of(engines["b"]) - before["b"] == 3

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from clipstack.errors import ConfigError
+from serve.errors import ServeError
 from serve.label_sets import LabelSet, LabelSetStore, MatrixCache, MatrixKey, _size_of
 from serve.runtime import Float32
 
@@ -27,6 +28,21 @@ def test_sets_are_kept_in_a_file(tmp_path: Path) -> None:
     again = LabelSetStore(path, max_sets=10, max_bytes=1000)
     assert again.get("pets") == pets and again.list() == [pets]
     again.close()
+
+
+def test_a_set_that_is_replaced_or_deleted_is_told_of_and_no_longer_known(tmp_path: Path) -> None:
+    gone: list[LabelSet] = []
+    store = LabelSetStore(tmp_path / "sets.sqlite3", max_sets=10, max_bytes=1000, on_gone=gone.append)
+    first, second = LabelSet("pets", ("Katze 🐈",), ("a {}",)), LabelSet("pets", ("dog",), ("a {}",))
+    for entry in (first, first, second):
+        store.put(entry)
+        assert store.has(entry.labels, entry.templates)
+    assert gone == [first] and not store.has(first.labels, first.templates)
+    store.delete("pets")
+    with pytest.raises(ServeError):
+        store.delete("pets")
+    assert gone == [first, second] and not store.has(second.labels, second.templates)
+    store.close()
 
 
 def test_a_file_that_is_no_label_set_file_is_refused_by_name(tmp_path: Path) -> None:
@@ -164,5 +180,69 @@ def test_long_texts_count_as_memory_of_the_cache() -> None:
         for key in keys:
             await cache.get(key, build, keep=False)
         assert [key in cache for key in keys] == [False] * 14 + [True] * 6
+
+    asyncio.run(scenario())
+
+
+class Endless:
+    """A computation without end that says when it runs."""
+
+    def __init__(self) -> None:
+        self.begun, self.ended = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self) -> Float32:
+        self.begun.set()
+        try:
+            return await asyncio.Event().wait()  # type: ignore[return-value]
+        finally:
+            self.ended.set()
+
+
+async def begin_and_leave(cache: MatrixCache, key: MatrixKey, build: Endless) -> None:
+    request = asyncio.ensure_future(cache.get(key, build, keep=True))
+    await build.begun.wait()
+    request.cancel()
+    await asyncio.gather(request, return_exceptions=True)
+
+
+def test_of_those_that_nobody_waits_for_only_one_goes_on() -> None:
+    async def scenario() -> None:
+        cache, first, second = MatrixCache(1000), Endless(), Endless()
+        await begin_and_leave(cache, KEY, first)
+        await begin_and_leave(cache, MatrixKey("f", ("c",), ("{}",)), second)
+        await asyncio.wait_for(second.ended.wait(), 10)
+        assert not first.ended.is_set()
+        await cache.close()
+
+    asyncio.run(scenario())
+
+
+def test_nothing_goes_on_for_a_version_that_was_replaced() -> None:
+    async def scenario() -> None:
+        cache, left, waited_for = MatrixCache(1000), Endless(), Endless()
+        await begin_and_leave(cache, KEY, left)
+        request = asyncio.ensure_future(cache.get(MatrixKey("f", ("c",), ("{}",)), waited_for, keep=True))
+        await waited_for.begun.wait()
+        cache.call_off("f")
+        await asyncio.wait_for(left.ended.wait(), 10)
+        assert not waited_for.ended.is_set()
+        request.cancel()
+        await asyncio.wait_for(waited_for.ended.wait(), 10)
+        await cache.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_model_that_is_not_served_any_more_leaves_nothing_in_the_cache() -> None:
+    async def scenario() -> None:
+        cache, late = MatrixCache(1000, is_served=lambda fingerprint: fingerprint != "f"), Endless()
+
+        async def build() -> Float32:
+            return MATRIX
+
+        assert await cache.get(KEY, build, keep=True) is MATRIX
+        assert KEY not in cache
+        await begin_and_leave(cache, KEY, late)
+        await asyncio.wait_for(late.ended.wait(), 10)
 
     asyncio.run(scenario())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import shutil
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -268,19 +269,35 @@ def test_a_reload_lets_go_of_the_model_that_goes_at_once(
         admin_token_hashes=(hash_token("root"),),
     )
     body = {"model": "m", "input": ["a photo of a cat", {"image": data_uri(jpeg())}]}
+    damaged, serving = tiny_model(9), 0
+    next(damaged.parameters()).fill_(float("nan"))
+    # A refused model goes, and so does the version that served meanwhile when its own turn has come.
+    steps = (
+        tiny_model(1),
+        damaged,
+        tiny_model(2),
+        None,
+        tiny_model(3),
+        damaged,
+        damaged,
+        None,
+        tiny_model(4),
+    )
     gc.disable()
     try:
         with TestClient(create_app(settings), headers={"authorization": "Bearer root"}) as client:
             assert client.post("/v1/embeddings", json=body).status_code == 200
-            save_model(folder, tiny_model(1))
-            assert client.post("/v1/models/reload", json={}).json()["changed"]
-            assert client.post("/v1/embeddings", json=body).status_code == 200
-            assert [part() for part in seen[:3]] == [None] * 3
-            damaged = tiny_model(2)
-            next(damaged.parameters()).fill_(float("nan"))
-            save_model(folder, damaged)
-            assert client.post("/v1/models/reload", json={}).status_code == 409
-            assert client.post("/v1/embeddings", json=body).status_code == 200
-            assert [part() for part in seen[6:]] == [None] * 3
+            for model in steps:
+                if model is None:
+                    shutil.rmtree(folder)
+                else:
+                    save_model(folder, model)
+                is_good = model is not None and model is not damaged
+                reply = client.post("/v1/models/reload", json={})
+                assert reply.status_code == (200 if is_good else 409)
+                serving = len(seen) // 3 - 1 if is_good else serving
+                assert client.post("/v1/embeddings", json=body).status_code == 200
+                assert {index // 3 for index, part in enumerate(seen) if part() is not None} <= {serving}
+            assert len(seen) == 3 * 8  # the folder without a model gave none
     finally:
         gc.enable()
