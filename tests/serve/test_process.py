@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -83,6 +84,37 @@ def _alive_in_group(parent: int) -> list[str]:
         if f"\nPPid:\t{parent}\n" in text:
             found.append(text.splitlines()[0])
     return found
+
+
+ENDLESS_LOAD = """
+import argparse, sys, threading
+import serve.app
+from serve.cli import add_arguments, run
+serve.app.loaders_of = lambda settings, runtime: {"demo": threading.Event().wait}
+parser = argparse.ArgumentParser()
+add_arguments(parser)
+sys.exit(run(parser.parse_args()))
+"""
+
+
+def test_sigterm_while_a_model_is_loading_ends_the_process(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-c", ENDLESS_LOAD, "--model", "demo=unused", "--port", str(port)],
+        cwd=REPOSITORY, env={**os.environ, "XDG_STATE_HOME": str(tmp_path)},
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        with httpx.Client(transport=httpx.HTTPTransport(retries=8), timeout=60) as client:  # up to a minute
+            assert client.get(f"http://127.0.0.1:{port}/readyz").status_code == 503
+        server.send_signal(signal.SIGTERM)
+        _, log = server.communicate(timeout=60)
+    finally:
+        server.kill()
+        server.wait()
+    assert server.returncode == 0
+    assert '"event": "stopped"' in log and "Traceback" not in log
 
 
 def test_a_model_s_name_vectors_and_label_sets_are_the_same_after_a_restart(

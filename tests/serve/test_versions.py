@@ -21,7 +21,7 @@ def test_exceptions_that_are_each_other_s_cause_are_refused_as_any_other() -> No
     ended = threading.Event()
 
     def refuse() -> None:
-        with pytest.raises(SelfTestError, match="cannot be loaded.*first"):
+        with pytest.raises(SelfTestError, match=r"cannot be loaded.*first"):
             asyncio.run(or_refuse(asyncio.to_thread(ring_of_causes), "the model cannot be loaded"))
         ended.set()
 
