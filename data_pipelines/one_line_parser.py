@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import NoReturn
 
 USAGE = 2
@@ -26,10 +27,18 @@ class OneLineParser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Flags and other arguments in any order."""
+        # Before argparse misses what a flag that is misspelt should have given.
+        self._refuse([word for word in takewhile("--".__ne__, argv) if self._is_unknown_flag(word)], argv)
         known, unknown = self.parse_known_intermixed_args(argv)
+        self._refuse(unknown, argv)
+        return known
+
+    def _is_unknown_flag(self, word: str) -> bool:
+        return word.startswith("--") and word.partition("=")[0] not in self._option_string_actions
+
+    def _refuse(self, unknown: Sequence[str], argv: Sequence[str]) -> None:
         if unknown:
             self.error(f"unknown argument {unknown[0]}; {self._hint(unknown[0], argv)}")
-        return known
 
     def _hint(self, word: str, argv: Sequence[str]) -> str:
         flag, equals, value = word.partition("=")

@@ -30,7 +30,7 @@ class RunLock:
         self._run_dir = run_dir
         self._file: int | None = None
         self._is_held = False
-        self._is_our_folder = False
+        self._made: tuple[Path, ...] = ()
 
     def take(self, *, at_most_s: float) -> None:
         """Wait a little for the ranks of a launch that is ending. Raises ConfigError for one that is not."""
@@ -77,7 +77,8 @@ class RunLock:
             return False
 
     def _opened(self) -> int:
-        self._is_our_folder = not os.path.exists(self._run_dir)
+        above = (self._run_dir, *self._run_dir.parents)
+        self._made = tuple(folder for folder in above if not os.path.exists(folder))
         make_folder(self._run_dir, self._run_dir)
         try:
             return os.open(self._run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
@@ -107,8 +108,8 @@ class RunLock:
             if empty.exists():
                 empty.rmdir()
             lock.unlink()
-            if self._is_our_folder:
-                self._run_dir.rmdir()
+            for folder in self._made:
+                folder.rmdir()
 
 
 def make_folder(folder: Path, run_dir: Path) -> None:

@@ -115,6 +115,10 @@ def _import_polars(name: str, argv: list[str]) -> int:
             "eval --model m --data d --task zeroshot --modle x",
             "clipstack eval: unknown argument --modle; did you",
         ),
+        (
+            "eval --modle m --data d --task zeroshot",
+            "clipstack eval: unknown argument --modle; did you mean --model?",
+        ),
         ("eval --data d --task zeroshot", "clipstack eval: the following arguments are required: --model"),
         ("runs --htlm=page run", "clipstack runs: unknown argument --htlm=page; did you mean --html?"),
         ("data stats shards --jsn", "clipstack data stats: unknown argument --jsn; did you mean --json?"),

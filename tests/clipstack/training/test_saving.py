@@ -335,7 +335,7 @@ def fail_in(folder: Path, *made: str) -> None:
 
 def test_a_start_that_fails_leaves_the_run_folder_as_it_was(tmp_path: Path) -> None:
     fail_in(tmp_path / "new", "checkpoints/")
-    fail_in(tmp_path / "newer")
+    fail_in(tmp_path / "runs" / "newer")
     assert not [*tmp_path.iterdir()]
     (tmp_path / "own").mkdir()
     fail_in(tmp_path / "own", "checkpoints/")
