@@ -88,5 +88,5 @@ def test_urls_that_nothing_can_read_are_an_error_with_the_fix(
     (tmp_path / "a.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not installed
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(DataError, match=r"a\.parquet.*pip install 'clipstack\[data\]'"):
+    with pytest.raises(DataError, match=r"a\.parquet.*pip install '\.\[data\]'"):
         shard_urls(tmp_path / "a.tar")
