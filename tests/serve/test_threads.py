@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from serve.app import create_app
-from serve.threads import NICENESS
+from serve.runtime import SelfTestError
+from serve.threads import NICENESS, sealed
 from tests.serve.fakes import FakeRuntime
 from tests.serve.test_server import settings_in
 
@@ -35,3 +36,33 @@ def test_decoders_and_lanes_give_way_to_the_event_loop(tmp_path: Path) -> None:
     before = niceness()
     event_loop, *others = asyncio.run(seen())
     assert event_loop == before and set(others) == {min(19, before + NICENESS)}
+
+
+def test_what_asyncio_s_futures_refuse_comes_out_of_a_thread_all_the_same() -> None:
+    def broken() -> int:
+        return next(iter(()))
+
+    async def awaited() -> int:
+        return await asyncio.wait_for(asyncio.to_thread(sealed(broken)), 10)
+
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        asyncio.run(awaited())
+
+
+def test_a_loader_that_runs_out_of_items_ends_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a server that says for ever that it is loading."""
+
+    def broken() -> FakeRuntime:
+        return next(iter(()))
+
+    monkeypatch.setattr("serve.app.loaders_of", lambda settings, runtime: {"fake": broken})
+    app = create_app(settings_in(tmp_path))
+
+    async def start() -> None:
+        async with asyncio.timeout(10), app.router.lifespan_context(app):
+            pass
+
+    with pytest.raises(SelfTestError, match="StopIteration"):
+        asyncio.run(start())
