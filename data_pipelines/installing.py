@@ -6,6 +6,7 @@ The name clipstack on the Python package index is another project's, so no advic
 from __future__ import annotations
 
 import importlib.metadata
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,8 +27,9 @@ def how_to_reinstall(package: str) -> str:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return f"{command} {package}"
-    _, _, build = version.partition("+")  # such as cpu or cu128: torch's own, which only its index has
-    index = f" --index-url https://download.pytorch.org/whl/{build}" if build else ""
+    _, _, build = version.partition("+")  # such as cpu or cu128, which only torch's index has
+    is_there = build and package in ("torch", "torchvision")
+    index = f" --index-url https://download.pytorch.org/whl/{build}" if is_there else ""
     return f"{command}{index} {package}=={version}"
 
 
@@ -35,11 +37,28 @@ def how_to_reinstall(package: str) -> str:
 def naming_extra(command: str, extra: str) -> Iterator[None]:
     """Around a command. Raises MissingPackageError where it imports a package that is not installed.
 
-    extra: brings what the command needs; "" where that is nothing.
+    extra: brings what our own code imports; "" where that is nothing. What a package of others misses in turn
+    is named as itself.
     """
     try:
         yield
     except ModuleNotFoundError as error:
-        if not extra or error.name is None or error.name.partition(".")[0] in _OWN:
+        if error.name is None or _top(error.name) in _OWN:
+            raise
+        package, importer = _top(error.name), _importer(error)
+        if importer not in _OWN and package != "torch":  # which safetensors, say, finds missing before us
+            missing = f"{importer} needs {package}, which is not installed: pip install {package}"
+            raise MissingPackageError(f"{command}: {missing}") from error
+        if not extra:
             raise
         raise MissingPackageError(f"{command} needs {error.name}: {how_to_install(extra)}") from error
+
+
+def _importer(error: ModuleNotFoundError) -> str:
+    """The package whose code asked for the module."""
+    asked = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((_top(name) for name in reversed(asked) if _top(name) != "importlib"), "")
+
+
+def _top(module: str) -> str:
+    return module.partition(".")[0]

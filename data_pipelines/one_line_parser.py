@@ -29,12 +29,15 @@ class OneLineParser(argparse.ArgumentParser):
         """Flags and other arguments in any order."""
         # Before argparse misses what a flag that is misspelt should have given.
         self._refuse([word for word in takewhile("--".__ne__, argv) if self._is_unknown_flag(word)], argv)
-        known, unknown = self.parse_known_intermixed_args(argv)
+        # The one for any order takes what stands behind -- for nothing at all.
+        read = self.parse_known_args if "--" in argv else self.parse_known_intermixed_args
+        known, unknown = read(argv)
         self._refuse(unknown, argv)
         return known
 
     def _is_unknown_flag(self, word: str) -> bool:
-        return word.startswith("--") and word.partition("=")[0] not in self._option_string_actions
+        flag = word.partition("=")[0]
+        return flag.startswith("--") and " " not in flag and flag not in self._option_string_actions
 
     def _refuse(self, unknown: Sequence[str], argv: Sequence[str]) -> None:
         if unknown:

@@ -162,7 +162,8 @@ def _size_of(key: MatrixKey, matrix: Float32) -> int:
 class _Build:
     task: asyncio.Task[Float32]
     waiters: int = 0
-    may_go_on: bool = True  # when nobody waits for it
+    keep: bool = False  # somebody asked for that
+    may_go_on: bool = True  # when nobody waits for it; False once its version was replaced
 
 
 class MatrixCache:
@@ -197,18 +198,20 @@ class MatrixCache:
         if entry is None:
             entry = self._building[key] = _Build(asyncio.ensure_future(self._build(key, build)))
         entry.waiters += 1
+        entry.keep |= keep
         try:
             return await asyncio.shield(entry.task)
         finally:
             entry.waiters -= 1
             if entry.waiters == 0 and self._building.get(key) is entry:
-                if keep and self._may_go_on(key, entry):
+                if self._may_go_on(key, entry):
                     self._left = entry
                 else:
                     self._call_off(key)
 
     def _may_go_on(self, key: MatrixKey, entry: _Build) -> bool:
-        return entry.may_go_on and self._is_served(key.fingerprint) and self._left in (None, entry)
+        wanted = entry.keep and entry.may_go_on and self._is_served(key.fingerprint)
+        return wanted and self._left in (None, entry)
 
     def _call_off(self, key: MatrixKey) -> None:
         """Forgotten at once: the next request must begin anew, not wait for what is being called off."""

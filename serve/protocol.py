@@ -94,5 +94,6 @@ class GuardedProtocol(HttpToolsProtocol):
                 "Connection: close\r\n\r\n"
             )
             self.transport.write(head.encode("ascii") + content)
-            record(self.app_state["service"], trace, "other", "other")
+            if self._unparsed_bytes:  # a browser connects before it knows what to ask
+                record(self.app_state["service"], trace, "other", "other")
         self.transport.close()

@@ -215,6 +215,8 @@ class Service:
     def warm(self, version: Version, labels: tuple[str, ...], templates: tuple[str, ...]) -> None:
         """Compute a registered label set's matrix in its turn, so that its first request need not wait."""
         key = MatrixKey(version.info.fingerprint, labels, templates)
+        if (version, key) in self._warming.values():
+            return
         task = self.in_background(self._warm(version, key))
         self._warming[task] = (version, key)
         task.add_done_callback(self._warming.pop)

@@ -23,7 +23,7 @@ class RunLock:
     """Keeps a second launch out of a run folder: an flock on RUN/.lock, which the kernel drops when the
     process that holds it ends, however it ends. One process of a launch takes it.
 
-    A launch that fails before it wrote anything leaves the run folder as it found it.
+    A launch that fails before it wrote anything takes away what it made, unless other files lie there.
     """
 
     def __init__(self, run_dir: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from clipstack.cli import COMMANDS, READER_GONE, main
+from data_pipelines.errors import MissingPackageError
 from data_pipelines.installing import naming_extra
 from data_pipelines.one_line_parser import OneLineParser
 from tests.clipstack.launching import REPOSITORY
@@ -88,6 +89,15 @@ def test_a_fault_of_our_own_is_not_taken_for_a_missing_package() -> None:
         raise ModuleNotFoundError("No module named 'clipstack.nothing'", name="clipstack.nothing")
 
 
+def test_what_a_package_of_others_misses_is_not_in_our_extra() -> None:
+    """As deepspeed imports mpi4py, when it is to find its ranks by it."""
+    theirs = {"__name__": "deepspeed.comm"}
+    with pytest.raises(MissingPackageError) as error, naming_extra("clipstack train", "train"):
+        exec("import no_such_package.inner", theirs)
+    advice = "deepspeed needs no_such_package, which is not installed: pip install no_such_package"
+    assert str(error.value) == f"clipstack train: {advice}"
+
+
 def test_the_data_tools_name_their_extra(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,9 +110,8 @@ def test_the_data_tools_name_their_extra(
 
 
 def _import_polars(name: str, argv: list[str]) -> int:
-    import polars
-
-    return len(polars.__name__)
+    exec("import polars", {"__name__": "data_pipelines.stats"})
+    return 0
 
 
 @pytest.mark.parametrize(
@@ -157,3 +166,11 @@ def test_flags_and_other_arguments_come_in_any_order() -> None:
     parser.add_argument("overrides", nargs="*")
     args = parser.parse(["a=1", "--ranks", "2", "b=2"])
     assert (args.ranks, args.overrides) == (2, ["a=1", "b=2"])
+
+
+def test_what_stands_behind_two_dashes_is_no_flag() -> None:
+    parser = OneLineParser("prog", "Tests.")
+    parser.add_argument("--ranks", type=int)
+    parser.add_argument("paths", nargs="+")
+    args = parser.parse(["--ranks", "2", "--", "--weird.tar", "x.tar"])
+    assert (args.ranks, args.paths) == (2, ["--weird.tar", "x.tar"])

@@ -217,6 +217,20 @@ def test_of_those_that_nobody_waits_for_only_one_goes_on() -> None:
     asyncio.run(scenario())
 
 
+def test_what_is_to_be_kept_goes_on_when_another_request_for_it_leaves() -> None:
+    async def scenario() -> None:
+        cache, build = MatrixCache(1000), Endless()
+        await begin_and_leave(cache, KEY, build)
+        other = asyncio.ensure_future(cache.get(KEY, build, keep=False))
+        await asyncio.sleep(0)
+        other.cancel()
+        await asyncio.gather(other, return_exceptions=True)
+        assert cache._left is not None and not cache._left.task.cancelling()
+        await cache.close()
+
+    asyncio.run(scenario())
+
+
 def test_nothing_goes_on_for_a_version_that_was_replaced() -> None:
     async def scenario() -> None:
         cache, left, waited_for = MatrixCache(1000), Endless(), Endless()

@@ -70,7 +70,7 @@ def test_what_never_reaches_the_application_is_counted_and_logged_as_the_rest(
     monkeypatch.setattr("serve.protocol.HEAD_TIMEOUT_S", 0.3)
     settings = Settings(label_set_file=tmp_path / "sets.sqlite3")
     large = b"GET / HTTP/1.1\r\nX: ".ljust(MAX_HEAD_BYTES + 1, b"a")
-    refusals = {b"hello\r\n\r\n": (400, "invalid_request"), b"": (408, "request_timeout")}
+    refusals = {b"hello\r\n\r\n": (400, "invalid_request"), b"GET": (408, "request_timeout")}
     refusals[large] = (413, "headers_too_large")
     app = create_app(settings, FakeRuntime())
     with live_server(app) as url:
@@ -79,6 +79,8 @@ def test_what_never_reaches_the_application_is_counted_and_logged_as_the_rest(
             with socket.create_connection((address[0], int(address[1])), timeout=30) as connection:
                 connection.sendall(sent)
                 assert connection.recv(12) == f"HTTP/1.1 {status}".encode()
+        with socket.create_connection((address[0], int(address[1])), timeout=30) as silent:
+            assert silent.recv(12) == b"HTTP/1.1 408"  # and nothing is counted: no request was begun
         counted = app.state.service.render_metrics().decode()
     for status, code in refusals.values():
         assert f'clipstack_serve_rejects_total{{code="{code}"}} 1.0' in counted

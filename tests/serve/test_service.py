@@ -91,6 +91,16 @@ def test_registered_sets_are_computed_one_at_a_time_and_those_that_are_gone_not_
     asyncio.run(scenario())
 
 
+def test_a_set_that_is_registered_again_and_again_waits_once(tmp_path: Path, builds: Builds) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as service:
+            for number in range(5):
+                await register(service, f"set {number}", "cat")
+            assert len(service._warming) == 1
+
+    asyncio.run(scenario())
+
+
 def test_a_reload_does_not_wait_for_what_is_computed_in_advance(tmp_path: Path, builds: Builds) -> None:
     async def scenario() -> None:
         async with serving(tmp_path) as service:

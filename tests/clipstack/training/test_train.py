@@ -218,7 +218,7 @@ def test_data_that_one_rank_does_not_see_end_all(trainer: Trainer, tiny_shards: 
         tmp_path / "run", "data.train=shards/part-*.tar", "train.collective_timeout_s=60"
     )
     for folder, message in (
-        ("nothing", "error: rank 1: shards/part-*.tar"),
+        ("nothing", "error: rank 1: data.train = 'shards/part-*.tar': no shards there"),
         ("others", "error: data.train: rank 1 sees other shards than rank 0"),
     ):
         ended = trainer.zygote.run(
