@@ -8,6 +8,7 @@ HERE = Path(__file__).resolve().parent
 CPU_SET = (
     ("loss.py", "--sizes", "4096", "8192", "--rounds", "5"),
     ("data.py", "--only", "reading", "order"),
+    ("retrieval.py", "--rounds", "3", "--tiled", "0"),
     ("checkpoint.py", "--repeats", "3"),
 )
 

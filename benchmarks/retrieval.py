@@ -1,7 +1,7 @@
 """Tiled retrieval beside the materialised way (the whole matrix, then top-k, as evaluation code in the field
 does it).
 
-    python benchmarks/retrieval.py                                20,000 both ways, then 200,000 tiled
+    python benchmarks/retrieval.py [--rounds 5]                   20,000 both ways, then 200,000 tiled
 
 Random unit-norm features, every measurement in a process of its own; memory is the process's peak above what
 stood before, features included. Both give image-to-text and text-to-image R@1, R@5 and R@10, and must give
@@ -11,14 +11,20 @@ the same.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
-import platform
 import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":  # run as a file, without an installation of the checkout
+    sys.path.insert(0, str(REPOSITORY))
+
+from benchmarks.figures import Spread, alternating, machine, ratios, versions  # noqa: E402
 
 WAYS = ("materialised", "tiled")
 
@@ -30,6 +36,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--both", type=int, default=20_000, help="pairs for both ways; 0: leave out")
     parser.add_argument("--tiled", type=int, default=200_000, help="pairs for the tiled way; 0: leave out")
+    parser.add_argument("--rounds", type=int, default=5, help="of both ways, which take turns (default: 5)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
@@ -37,16 +44,30 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(args.one[0], int(args.one[1]), args.dim, args.threads)))
         return
-    runs = [(way, args.both) for way in WAYS if args.both] + ([("tiled", args.tiled)] if args.tiled else [])
     results = []
-    for way, size in runs:
-        results.append(in_own_process(way, size, args))
+    for _, way in alternating(WAYS, args.rounds if args.both else 0):
+        results.append(in_own_process(way, args.both, args))
         print(line(results[-1]), flush=True)
-    of_both = [result["metrics"] for result in results if result["size"] == args.both]
-    assert all(metrics == of_both[0] for metrics in of_both), "the two ways disagree"
+    if results:
+        assert all(result["metrics"] == results[0]["metrics"] for result in results), "the two ways disagree"
+        print(beside(results))
+    if args.tiled:
+        results.append(in_own_process("tiled", args.tiled, args))
+        print(line(results[-1]), flush=True)
     if args.json:
-        machine = {"processor": platform.processor(), "threads": args.threads}
-        args.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+        about = {"date": datetime.date.today().isoformat(), "machine": machine(), "threads": args.threads}
+        about["versions"] = versions(sys.executable)
+        args.json.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+
+
+def beside(results: list[dict[str, Any]]) -> str:
+    """Medians and spreads of both ways, and tiled by materialised round by round."""
+    lines = []
+    for key in ("seconds", "cpu_seconds", "gib"):
+        whole, tiled = ([one[key] for one in results if one["way"] == way] for way in WAYS)
+        spreads = f"materialised {Spread.of(whole)}, tiled {Spread.of(tiled)}"
+        lines.append(f"{key:<12}{spreads}, tiled / materialised {ratios(tiled, whole)}")
+    return "\n".join(lines)
 
 
 def in_own_process(way: str, size: int, args: argparse.Namespace) -> dict[str, Any]:
