@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from clipstack.evaluation.arguments import add_model_arguments
+from clipstack.evaluation.arguments import EMBED_DTYPES, add_model_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, required=True, metavar="DIR", help="folder to write or to go on in"
     )
     parser.add_argument(
-        "--dtype", choices=("fp16", "fp32"), default="fp16", help="of the stored numbers (default: fp16)"
+        "--dtype", choices=EMBED_DTYPES, default="fp16", help="of the stored numbers (default: fp16)"
     )
     parser.add_argument(
         "--only", choices=("images", "texts"), help="one side alone; images need no captions (default: both)"

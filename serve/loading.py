@@ -180,12 +180,8 @@ def _openvino_that_passes(
                 for _ in range(others):
                     lanes.enter_context(CROWD.batch(1))
                 _check_equal(engine, plain, inputs)
-    except (
-        RuntimeError,
-        ValueError,
-        LookupError,
-        MemoryError,
-    ) as error:  # such as a size that was written into the graph
+    except (RuntimeError, ValueError, LookupError, MemoryError) as error:
+        # Such as a size that was written into the graph.
         raise UnconvertibleError.because(error) from error
     return engine
 

@@ -32,7 +32,7 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 def recipe_advice(flag: str, value: str) -> str | None:
     """What a flag that is none, such as --lr, is to be written as, where it names a key of the recipe."""
     name = flag.lstrip("-").replace("-", "_").replace(".", "_")
-    keys = [key for key, info in walk_fields(Recipe) if not any(True for _ in _models_in(info.annotation))]
+    keys = [key for key, info in walk_fields(Recipe) if not any(_models_in(info.annotation))]
     meant = [key for key in keys if f"_{key.replace('.', '_')}".endswith(f"_{name}")]
     if not meant:
         return None

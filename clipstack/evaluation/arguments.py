@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 
+EMBED_DTYPES = {"fp16": "float16", "fp32": "float32"}
+"""What embeddings are stored as, and NumPy's name of it."""
+
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """What every command that runs a model over data takes."""

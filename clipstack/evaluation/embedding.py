@@ -26,7 +26,8 @@ import torch
 
 from clipstack.checkpoint import load_model
 from clipstack.config.models import DataConfig
-from clipstack.errors import ConfigError, DataError, ShardError, how_to_install
+from clipstack.errors import ConfigError, DataError, ShardError
+from clipstack.evaluation.arguments import EMBED_DTYPES
 from clipstack.evaluation.data import by_number
 from clipstack.evaluation.features import encode_tokens
 from clipstack.evaluation.task import Setup, caption_lines
@@ -45,7 +46,6 @@ RECORD_FILE = "embed.json"
 DIGEST_KEY = b"clipstack.shard_digest"
 """In the metadata file: which content the shard had."""
 MIN_DIGITS = 4
-DTYPES: dict[str, np.dtype[Any]] = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 FLAGS = {
     "format": "clipstack's version",
     "fingerprint": "--model",
@@ -81,7 +81,8 @@ class Done(NamedTuple):
 
 def embed(args: argparse.Namespace) -> int:
     """args: of `clipstack.embed`. Returns the exit code. Raises ClipstackError."""
-    _require_pyarrow()
+    import pyarrow  # noqa: F401  before the work, not after it: it may be missing
+
     with joined_world(args.device) as world, torch.no_grad():
         loaded = load_model(args.model, pretrained=args.pretrained, device=world.device)
         setup = Setup(loaded, world, batch_size=args.batch_size, workers=args.workers)
@@ -145,7 +146,7 @@ def _embed_shard(
     if stop.is_set:
         return None
     for part, vectors in rows.vectors.items():
-        _write_array(files[part], np.concatenate(vectors), DTYPES[plan.dtype])
+        _write_array(files[part], np.concatenate(vectors), EMBED_DTYPES[plan.dtype])
     _write_metadata(files["metadata"], rows.keys, rows.captions, shard_digest=summary.digest)
     return Done(len(rows.keys), len(rows.bad), rows.bad[0] if rows.bad else None)
 
@@ -204,7 +205,7 @@ def _encode_texts(setup: Setup, texts: list[str]) -> npt.NDArray[np.float32]:
     return vectors
 
 
-def _write_array(path: Path, vectors: npt.NDArray[np.float32], dtype: np.dtype[Any]) -> None:
+def _write_array(path: Path, vectors: npt.NDArray[np.float32], dtype: str) -> None:
     _write_whole(path, lambda file: np.save(file, vectors.astype(dtype)))
 
 
@@ -291,10 +292,3 @@ def _summary(done: list[Done], out: Path) -> str:
         where = first.shard if first.key is None else f"{first.shard}/{first.key}"
         lines.append(f"left out: {bad:,}; the first: {where}: {first.reason}")
     return "\n".join(lines)
-
-
-def _require_pyarrow() -> None:
-    try:
-        import pyarrow  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"embed needs pyarrow: {how_to_install('data')}") from error

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from clipstack.errors import ConfigError, how_to_install
+from clipstack.errors import ConfigError
 
 Features = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -25,10 +24,10 @@ def linear_probe_hits(
 
     inverse_penalty: scikit-learn's C. https://arxiv.org/abs/2103.00020, appendix A.3.
     """
-    sklearn = _sklearn()
     from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
 
-    model = sklearn.linear_model.LogisticRegression(C=inverse_penalty, max_iter=MAX_ITERATIONS)
+    model = LogisticRegression(C=inverse_penalty, max_iter=MAX_ITERATIONS)
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
         try:
@@ -44,21 +43,12 @@ def linear_probe_hits(
 
 def knn_hits(train_x: Features, train_y: Labels, x: Features, y: Labels, *, neighbours: int) -> Hits:
     """(N,) whether the majority of the most similar training features is of the right class."""
-    sklearn = _sklearn()
+    from sklearn.neighbors import KNeighborsClassifier
+
     if neighbours > len(train_x):
         raise ConfigError(
             f"--neighbours {neighbours}: more than the {len(train_x)} training samples; take fewer"
         )
-    model = sklearn.neighbors.KNeighborsClassifier(n_neighbors=neighbours, metric="cosine")
+    model = KNeighborsClassifier(n_neighbors=neighbours, metric="cosine")
     hits: Hits = model.fit(train_x, train_y).predict(x) == y
     return hits
-
-
-def _sklearn() -> Any:
-    try:
-        import sklearn
-        import sklearn.linear_model
-        import sklearn.neighbors
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"--task probe needs scikit-learn: {how_to_install('eval')}") from error
-    return sklearn

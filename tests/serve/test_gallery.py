@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from clipstack.errors import ConfigError
@@ -113,7 +114,7 @@ def test_each_model_encodes_the_pictures_once_until_it_is_replaced(
     engines["a"] = FakeRuntime("a-2")
     root = {"authorization": "Bearer root"}
     assert client.post("/v1/models/reload", json={"model": "a"}, headers=root).json()["changed"]
-    service: Service = client.app.state.service  # type: ignore[attr-defined]
+    service: Service = cast(FastAPI, client.app).state.service
     assert service.gallery is not None and set(service.gallery._vectors) == {"b-1"}
     search_in_turn()
     assert images_of(engines["b"]) - before["b"] == 3

@@ -148,7 +148,7 @@ def test_a_request_that_comes_while_a_computation_is_called_off_begins_its_own()
             if len(builds) > 1:
                 return MATRIX
             try:
-                return await asyncio.Event().wait()  # type: ignore[return-value]
+                return await asyncio.get_running_loop().create_future()
             finally:
                 for _ in range(5):  # to be called off takes some turns of the loop, one for each call inside
                     await asyncio.sleep(0)
@@ -193,7 +193,7 @@ class Endless:
     async def __call__(self) -> Float32:
         self.begun.set()
         try:
-            return await asyncio.Event().wait()  # type: ignore[return-value]
+            return await asyncio.get_running_loop().create_future()
         finally:
             self.ended.set()
 

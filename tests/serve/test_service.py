@@ -48,7 +48,7 @@ class Builds:
             self.most = max(self.most, len(self.running))
             try:
                 with version.lease():
-                    return await asyncio.Event().wait()  # type: ignore[return-value]
+                    return await asyncio.get_running_loop().create_future()
             finally:
                 self.running.remove(key.labels)
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipstack.config import load_recipe
-from clipstack.demo.command import as_table
+from clipstack.demo.command import TRAINS_WITH, as_table
 from clipstack.demo.examination import Examined
 from clipstack.demo.page import write_page
 from clipstack.demo.scores import (
@@ -159,3 +161,10 @@ def test_missing_or_foreign_probe_files_are_named(folder: Path, tmp_path: Path) 
     with pytest.raises(DataError, match="not valid JSON"):
         (tmp_path / "probes.jsonl").write_text("")
         read_probe_set(tmp_path)
+
+
+def test_what_demo_looks_for_is_what_its_extra_brings() -> None:
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    brought = {re.split(r"[<>=]", word)[0] for extra in ("model", "train") for word in extras[extra]}
+    modules = {name.removesuffix("_torch") for name in brought if "clipstack" not in name}
+    assert {*TRAINS_WITH} == modules
